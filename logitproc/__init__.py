@@ -1,0 +1,36 @@
+"""Change what a language model says by changing its logits, and measure what that changed."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import logitproc` and `logitproc list` need no torch.
+_LAZY = {
+    "names": "registry", "get": "registry", "register": "registry",
+    "Processor": "processor", "Chain": "chain", "Artifact": "artifact", "pocket": "bundled",
+    "generate": "generation", "NGramPrior": "prior", "NGramStyleLogitsProcessor": "methods.ngram",
+}  # fmt: skip
+__all__ = [*_LAZY, "__version__"]
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+    from .chain import Chain
+    from .generation import generate
+    from .methods.ngram import NGramStyleLogitsProcessor
+    from .bundled import pocket
+    from .prior import NGramPrior
+    from .processor import Processor
+    from .registry import get, names, register
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'logitproc' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,142 @@
+"""The contract: a method is a row-wise pure function of (tokens, scores).
+
+Subclass `Processor`, write `step`, decorate with `@register`. Everything that all methods share (float32
+arithmetic, history slicing, the input's dtype) is written here once. `tests/test_contract.py` checks every
+registered method against every promise.
+"""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from .artifact import Artifact
+from .registry import unknown
+
+
+class Processor(LogitsProcessor):
+    """Base of every method: `step(tokens [rows, context], scores [rows, width]) -> scores [rows, width]`.
+
+    Row i of the result depends on row i of the inputs and on the fields of the instance only. `tokens`
+    are the last `context` ids of each row, oldest first; an id of -1 stands for "no token" (padding, or
+    a history that is too short). `scores` are float32: logits under greedy decoding and sampling,
+    log-probabilities under beam search, so a method depends on their softmax and not on their offset.
+
+    A `step` that declares the keyword `generated` also receives an int64 [rows] tensor: how many of the
+    trailing tokens of each row were generated rather than prompted. Plain `model.generate` does not
+    tell a processor where the prompt ends; unless the chain is bound to its prompt (`Chain.bind`, which
+    `logitproc.generate` does), all tokens count as generated.
+
+    Parameters are the fields of a dataclass declared with `eq=False`: transformers drops a processor
+    that equals an earlier one. Fields that hold an `Artifact` are listed in `artifacts`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    artifacts: ClassVar[dict[str, type[Artifact]]] = {}
+
+    # How many trailing tokens `step` reads; None means all of them. May be a property.
+    context: int | None = 0
+
+    # Capabilities; what is not supported is refused before the first token, never ignored.
+    supports_beam: ClassVar[bool] = True
+    supports_assisted: ClassVar[bool] = True
+    supports_continuous_batching: ClassVar[bool] = False  # transformers passes no history there
+    argmax_invariant: ClassVar[bool] = False  # True: greedy decoding is unaffected
+    companions: ClassVar[tuple[str, ...]] = ()  # fields that hold an auxiliary model
+
+    _reads_generated: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._reads_generated = "generated" in inspect.signature(cls.step).parameters
+
+    def step(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define step().")
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        """A small instance that changes scores of the given width; tests and `describe` use it."""
+        raise NotImplementedError(f"{cls.__name__} must define example().")
+
+    @classmethod
+    def neutral(cls, width: int) -> Self:
+        """The instance whose parameters leave the scores as they are, bit for bit."""
+        raise NotImplementedError(f"{cls.__name__} must define neutral().")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The transformers interface: input_ids [rows, length] int64, scores [rows, width]."""
+        return self.apply(input_ids, scores)
+
+    def apply(self, history: Tensor, scores: Tensor, generated: Tensor | None = None) -> Tensor:
+        """Process rows: history [rows, length] int64 (-1 where there is no token), scores [rows, width].
+
+        `generated` is described above; None means that the whole history was generated. The inputs are
+        not modified; the result has the shape, dtype and device of `scores`.
+        """
+        tokens = _trailing(history, self.context)
+        if not self._reads_generated:
+            return self.step(tokens, scores.float()).to(scores.dtype)
+        if generated is None:
+            generated = torch.full_like(history[:, :1].sum(1), history.shape[1])
+        return self.step(tokens, scores.float(), generated=generated).to(scores.dtype)
+
+    def check_width(self, width: int) -> None:
+        """Raise ValueError when the fitted parts of this processor do not fit scores of this width."""
+        for artifact in self._artifacts():
+            size = artifact.tokenizer["vocab_size"]
+            if size > width:
+                raise ValueError(
+                    f"{self.name!r} was fitted for a vocabulary of {size} tokens; this model scores "
+                    f"{width}. Fit it with this model's tokenizer."
+                )
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise ValueError when a fitted part belongs to another tokenizer."""
+        for artifact in self._artifacts():
+            artifact.check_tokenizer(tokenizer)
+
+    def parameters(self) -> dict[str, Any]:
+        """Field name -> value, artifacts included."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any], base: Path | None = None) -> Self:
+        """Build an instance; artifacts may be given as folders, relative to `base` or bundled by name.
+
+        Unknown parameters raise LookupError with near names.
+        """
+        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        for key in parameters:
+            if key not in known:
+                raise unknown(f"parameter of {cls.name!r}", key, known)
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.init and f.default is f.default_factory is dataclasses.MISSING
+        ]
+        for key in required:
+            if key not in parameters:
+                raise ValueError(f"{cls.name!r} needs the parameter {key!r}: --proc {cls.name}:{key}=...")
+        loaded = dict(parameters)
+        for key, kind in cls.artifacts.items():
+            if isinstance(loaded.get(key), str | Path):
+                loaded[key] = kind.load(loaded[key], base=base)
+        return cls(**loaded)
+
+    def _artifacts(self) -> list[Artifact]:
+        values = (getattr(self, key) for key in self.artifacts)
+        return [value for value in values if value is not None]
+
+
+def _trailing(history: Tensor, context: int | None) -> Tensor:
+    """The last `context` columns, filled up on the left with -1; all columns for None."""
+    if context is None or history.shape[1] == context:
+        return history
+    if history.shape[1] > context:
+        return history[:, history.shape[1] - context :]
+    return torch.nn.functional.pad(history, (context - history.shape[1], 0), value=-1)
