@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TextIO
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Artifact:
         """
         folder = _find(folder, base)
         document = _read_json(folder / _JSON)
-        if document.get("format", 0) > FORMAT:
+        if document["format"] > FORMAT:
             raise ValueError(
                 f"{folder} has artifact format {document['format']}, written by logitproc "
                 f"{document.get('library')}; this version reads up to {FORMAT}. Upgrade logitproc."
@@ -78,12 +78,15 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Fingerprint, name, vocab_size (largest id + 1) and special ids of a transformers tokenizer.
 
     The fingerprint is the SHA-256 of the sorted (token, id) pairs, the bos, eos and unknown ids and the
-    normaliser. The pad token is left out: users set it freely, and it never changes what a text means.
+    normaliser. Other special tokens are left out: users set or add a pad token freely, and it never
+    changes what a text means.
     """
     vocab = sorted(tokenizer.get_vocab().items())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    identity = [vocab, marks, str(getattr(backend, "normalizer", None))]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(marks)
+    plain = [(token, token_id) for token, token_id in vocab if token_id not in special]
+    identity = [plain, marks, str(getattr(backend, "normalizer", None))]
     return {
         "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "name": Path(str(tokenizer.name_or_path)).name or type(tokenizer).__name__,
@@ -113,8 +116,13 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old / path.name)
-            os.replace(new, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(new, path)
+            except BaseException:
+                os.replace(old / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(new, path)
         new = path
@@ -124,20 +132,27 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     path.chmod(0o777 & ~_umask())  # mkdtemp made it private
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small file, all or nothing."""
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[TextIO]:
+    """Yield a temporary text file that becomes `path` when the block ends, and vanishes when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
         _sync(Path(name))
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file, all or nothing."""
+    with new_file(path) as file:
+        file.write(text)
 
 
 def write_artifact(
@@ -180,15 +195,15 @@ def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in (len(head).to_bytes(8, "little"), head):
-            digest.update(block)
-            file.write(block)
+        for part in (len(head).to_bytes(8, "little"), head):
+            digest.update(part)
+            file.write(part)
         for name in sorted(arrays):
             flat = arrays[name].reshape(-1)
             for start in range(0, flat.size, _BLOCK):
-                block = np.ascontiguousarray(flat[start : start + _BLOCK].astype(stored[name])).data.cast("B")
-                digest.update(block)
-                file.write(block)
+                block = np.ascontiguousarray(flat[start : start + _BLOCK].astype(stored[name]))
+                digest.update(block.data.cast("B"))
+                file.write(block.data.cast("B"))
     return digest.hexdigest()
 
 
@@ -196,7 +211,8 @@ def _narrowest(array: np.ndarray) -> np.dtype:
     """The smallest of uint8, uint16, int32, int64 that holds every value."""
     if array.size == 0:
         return np.dtype(np.uint8)
-    blocks = [array[i : i + _BLOCK] for i in range(0, len(array), _BLOCK)]
+    flat = array.reshape(-1)
+    blocks = [flat[i : i + _BLOCK] for i in range(0, flat.size, _BLOCK)]
     low, high = min(int(b.min()) for b in blocks), max(int(b.max()) for b in blocks)
     for dtype in _NARROW:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
@@ -225,8 +241,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is damaged: it is not JSON. Fit or copy the artifact again.") from None
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise ValueError(f"{path} is damaged: it does not say its format.")
     missing = {"format", "kind", "sha256", "tokenizer", "scalars"} - set(document)
-    if missing and document.get("format", 0) <= FORMAT:
+    if missing and document["format"] <= FORMAT:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}.")
     return document
 

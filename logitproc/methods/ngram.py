@@ -1,0 +1,492 @@
+"""N-gram style injection: add to the logits what an n-gram model of a style corpus says.
+
+Ahmed, "Limits of n-gram Style Control for LLMs via Logit-Space Injection", arXiv:2601.16224 (2026); the
+printed rule (section 2.2) is `rule="paper"`. It pushes a model *away* from the corpus: ln P <= 0 and only
+tokens of the corpus change, so everything the corpus never said gains. The other rules mend that.
+
+    z' = z + strength * g        g of token i after the last n - 1 tokens, nats:
+    paper     sum over orders n that hold i of  w_n ln P_n(i)          P_n add-k; 0 elsewhere
+    lift      sum over orders n that hold i of  w_n ln((C_n(i) + k) / k)
+    backoff   ln P(i), interpolated modified Kneser-Ney, every token
+    ratio     ln P_style(i) - ln P_background(i), both Kneser-Ney
+
+Differs from the paper: everything but `paper` with its defaults; see `NGramStyleLogitsProcessor`.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Self, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..prior import NGramPrior, default_weights, symbol_table
+from ..processor import Processor
+from ..registry import register
+
+Rule = Literal["paper", "lift", "backoff", "ratio"]
+LOWEST = -50.0  # ln of a probability that rounds to 0: a bias steers, it does not forbid
+FOLLOWERS = 512  # the paper keeps so many next tokens of each context
+
+
+# --- math ---
+
+
+class Level(NamedTuple):
+    """One order of a `BiasTable`: C contexts, then one empty context that stands for "not found"."""
+
+    keys: Tensor  # int64 [C + 1], ascending; the last one is no key
+    start: Tensor  # int64 [C + 1], first entry of the context
+    length: Tensor  # int64 [C + 1]
+    reach: Tensor  # int64 [longest row]: 0, 1, 2, ...
+    ids: Tensor  # int64 [E + 1], the last one is V: it catches what is no entry
+    values: Tensor  # float32 [E + 1], the last one is 0
+    backoff: Tensor  # float32 [C + 1], added to the tokens that the context does not hold
+    confidence: Tensor  # float32 [C + 1]
+
+
+class BiasTable:
+    """g of one rule for one prior, on one device.
+
+    Sparse rules (`paper`, `lift`) store in `values` the *term* of each order, to be summed; dense rules
+    store the full value, which replaces that of the shorter context.
+    """
+
+    def __init__(self, prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None,
+                 confidence: str, exempt: list[int], bos: bool):  # fmt: skip
+        self.width, self.sparse, self.bos = prior.vocab_size, rule in ("paper", "lift"), bos
+        conf = _confidence(prior, confidence)
+        values, backoff, base = _terms(prior, rule, k, weights, conf)
+        if self.sparse:
+            conf = [np.ones_like(c) for c in conf]  # it is in the terms already
+        self.exempt = torch.tensor(exempt, dtype=torch.int64)
+        if self.sparse:
+            base[exempt] = 0.0
+        self.base = torch.from_numpy(base).float()
+        self.base_confidence = float(conf[0][0])
+        self.symbols = torch.from_numpy(symbol_table(prior, bos))
+        self.levels = []
+        for o, value, back, c in zip(prior.orders[1:], values[1:], backoff[1:], conf[1:], strict=True):
+            keep = value != 0 if self.sparse else np.ones(len(value), bool)
+            if self.sparse:
+                keep &= ~np.isin(o.ids, exempt)
+            length = np.bincount(o.context[keep], minlength=len(o.keys))
+            end = np.cumsum(length)
+            self.levels.append(
+                Level(
+                    keys=_tensor(o.keys, np.iinfo(np.int64).max),
+                    start=_tensor(end - length, 0),
+                    length=_tensor(length, 0),
+                    reach=torch.arange(int(length.max(initial=0))),
+                    ids=_tensor(o.ids[keep], self.width),
+                    values=_tensor(value[keep], 0.0).float(),
+                    backoff=_tensor(back, 0.0).float(),
+                    confidence=_tensor(c, 1.0).float(),
+                )
+            )
+
+    def to(self, device: torch.device) -> Self:
+        """Move once; later calls with the same device cost nothing."""
+        if self.base.device != device:
+            self.base, self.symbols, self.exempt = (
+                t.to(device) for t in (self.base, self.symbols, self.exempt)
+            )
+            self.levels = [Level(*(t.to(device) for t in level)) for level in self.levels]
+        return self
+
+    def contexts(self, tokens: Tensor) -> list[Tensor]:
+        """Index of each row's context in each level, C where there is none. tokens [rows, order - 1]."""
+        if not self.levels:
+            return []
+        symbols = self.symbols[tokens.clamp(-1, self.width)]
+        if self.bos:
+            symbols = _start_of_text(symbols, tokens, self.width)
+        found, index = [], torch.zeros_like(symbols[:, 0])
+        for n, level in enumerate(self.levels, 1):
+            key = index * (self.width + 2) + symbols[:, -n]
+            at = torch.searchsorted(level.keys, key)
+            index = torch.where(level.keys[at] == key, at, len(level.keys) - 1)
+            found.append(index)
+        return found
+
+    def entries(self, level: Level, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids, values), each [rows, longest row]; ids are V where a row has no further entry."""
+        start, length = level.start[index, None], level.length[index, None]
+        block = torch.where(level.reach < length, start + level.reach, len(level.ids) - 1)
+        return level.ids[block], level.values[block]
+
+    def dense(self, tokens: Tensor) -> Tensor:
+        """g [rows, V] float32 for tokens [rows, order - 1]."""
+        found = self.contexts(tokens)
+        rows = tokens.shape[0]
+        # One column more than V catches the filling of short rows.
+        g = torch.nn.functional.pad(self.base, (0, 1)).expand(rows, -1)
+        if self.sparse:
+            g = g.clone()
+            for level, index in zip(self.levels, found, strict=True):
+                ids, values = self.entries(level, index)
+                g.scatter_add_(1, ids, values)
+            return g[:, :-1]
+        backoffs = [level.backoff[index] for level, index in zip(self.levels, found, strict=True)]
+        above = torch.stack(backoffs).sum(0) if backoffs else torch.zeros(rows, device=g.device)
+        g = g + above[:, None]
+        confidence = torch.full_like(above, self.base_confidence)
+        for level, index, backoff in zip(self.levels, found, backoffs, strict=True):
+            above = above - backoff
+            ids, values = self.entries(level, index)
+            g.scatter_(1, ids, values + above[:, None])
+            confidence = torch.where(index < len(level.keys) - 1, level.confidence[index], confidence)
+        return g[:, :-1] * confidence[:, None]
+
+    def add_to(self, scores: Tensor, tokens: Tensor, strength: float) -> Tensor:
+        """scores + strength * g for a sparse rule, without building g: one copy and a few entries."""
+        base = torch.nn.functional.pad(self.base, (0, scores.shape[1] - self.width))
+        out = torch.add(scores, base, alpha=strength)
+        for level, index in zip(self.levels, self.contexts(tokens), strict=True):
+            ids, values = self.entries(level, index)
+            values = torch.where(ids < self.width, values, 0.0) * strength
+            out.scatter_add_(1, ids.clamp(max=self.width - 1), values)
+        return out
+
+
+def _terms(
+    prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None, confidence: list[np.ndarray]
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Per order: value of each n-gram [E], back-off of each context [C]; and g of order 1 [V]."""
+    none = [np.zeros(len(o.keys)) for o in prior.orders]
+    if rule in ("backoff", "ratio"):
+        kn = prior.kneser_ney
+        base = np.full(prior.vocab_size, max(kn.log_unseen, LOWEST))
+        base[prior.orders[0].ids] = np.maximum(kn.log_prob[0], LOWEST)
+        bounded = [[np.maximum(x, LOWEST) for x in logs] for logs in (kn.log_prob, kn.log_backoff)]
+        return bounded[0], bounded[1], base
+    weights = default_weights(prior.order) if weights is None else weights
+    totals, kept = prior.totals(), prior.kept(FOLLOWERS)
+    values = []
+    for n, o in enumerate(prior.orders):
+        count, context = prior.counts[n] + k, o.context  # type: ignore[index]
+        if rule == "paper":
+            term = np.log(count / (totals[n] + k * prior.vocab_size)[context])
+        else:
+            term = np.log(count / k)
+        values.append(np.where(kept[n], weights[n] * confidence[n][context] * term, 0.0))
+    base = np.zeros(prior.vocab_size)
+    base[prior.orders[0].ids] = values[0]
+    return values, none, base
+
+
+def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
+    """Trust in each context, [C] per order, in [0, 1]: N/(N + d) or Witten-Bell's N/(N + followers)."""
+    if rule == "none":
+        return [np.ones(len(o.keys)) for o in prior.orders]
+    totals = prior.totals()
+    name, d = _call(rule)
+    if name == "wb":
+        return [t / (t + np.diff(o.indptr)) for t, o in zip(totals, prior.orders, strict=True)]
+    return [t / (t + d) for t in totals]
+
+
+def _tensor(array: np.ndarray, last: float) -> Tensor:
+    return torch.from_numpy(np.append(array, np.asarray(last, array.dtype)))
+
+
+def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
+    """Put `<s>` before the first token of a text that does not begin with it."""
+    absent = tokens < 0
+    present_next = torch.nn.functional.pad(~absent[:, 1:], (0, 1), value=True)
+    next_symbol = torch.nn.functional.pad(symbols[:, 1:], (0, 1), value=0)
+    return torch.where(absent & present_next & (next_symbol != bos), bos, symbols)
+
+
+def plausible(scores: Tensor, alpha: float) -> Tensor:
+    """bool [rows, width]: p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2)."""
+    return scores >= scores.amax(-1, keepdim=True) + math.log(alpha)
+
+
+def keep_mass(scores: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
+    """bias - ln E_p[exp(bias) | inside] inside, 0 outside: the mass of `inside` stays what it was."""
+    z = scores.masked_fill(~inside, -torch.inf)
+    shift = torch.logsumexp(z + bias, -1, keepdim=True) - torch.logsumexp(z, -1, keepdim=True)
+    return torch.where(inside, bias - shift, 0.0)
+
+
+def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 24) -> Tensor:
+    """s [rows, 1], the largest s in [0, 1] with KL(softmax(scores + s bias), softmax(scores)) <= nats.
+
+    KL grows with s (its derivative is s Var_q(bias)), so bisection is safe; s = 1 where that fits.
+    """
+    log_p = scores.log_softmax(-1)
+
+    def divergence(s: Tensor) -> Tensor:
+        log_q = (scores + s * bias).log_softmax(-1)
+        return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1, keepdim=True)
+
+    low, high = torch.zeros_like(scores[:, :1]), torch.ones_like(scores[:, :1])
+    whole = divergence(high) <= nats
+    for _ in range(steps):
+        middle = (low + high) / 2
+        fits = divergence(middle) <= nats
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return torch.where(whole, 1.0, low)
+
+
+def repetition_penalty(tokens: Tensor, width: int, factor: float, base: float, allowed: int,
+                       cap: float) -> Tensor:  # fmt: skip
+    """What DRY subtracts, [rows, width] nats: min(cap, factor base^(L - allowed)) where L >= allowed.
+
+    L(i) is the length of the longest suffix of the tokens that occurred earlier followed by i. tokens
+    [rows, length], -1 where there is none. Source: "DRY: a modern repetition penalty", text-generation-webui
+    pull request 5677.
+    """
+    rows, length = tokens.shape
+    penalty = torch.zeros(rows, width + 1, device=tokens.device)
+    if length < 2:
+        return penalty[:, :width]
+    # Longer matches than `longest` are capped anyway.
+    longest = min(length, allowed + max(0, math.ceil(math.log(cap / factor) / math.log(base))))
+    padded = torch.nn.functional.pad(tokens, (longest - 1, 0), value=-1)
+    windows = padded.unfold(1, longest, 1).flip(-1)  # [rows, length, longest], newest first
+    equal = (windows == windows[:, -1:]) & (windows >= 0)
+    match = equal[:, :-1].long().cumprod(-1).sum(-1)  # what ends before the last token
+    nats = (factor * base ** (match - allowed).float()).clamp(max=cap)
+    nats = torch.where(match >= allowed, nats, 0.0)
+    following = tokens[:, 1:]
+    following = torch.where((following >= 0) & (following < width), following, width)
+    return penalty.scatter_reduce_(1, following, nats, "amax")[:, :width]
+
+
+# --- processor ---
+
+
+@register("ngram", paper="arXiv:2601.16224")
+@dataclass(eq=False)  # generate() drops a processor that equals an earlier one
+class NGramStyleLogitsProcessor(Processor):
+    """Steer a model towards the style of a corpus with n-gram counts of its tokens.
+
+    scores [rows, width] -> scores + strength * g [rows, width], nats; g as in the module's docstring, from
+    the last `prior.order - 1` tokens, prompt included. strength 0 returns the scores bit for bit. Columns
+    beyond the prior's vocabulary, and special tokens, keep their scores (`exempt`, `eos`); the dense rules
+    centre g to E_p[g] = 0 for that, which no softmax over the other tokens can tell.
+
+    Parameters:
+        prior: what `NGramPrior.fit` made, or its folder, or the name of a bundled one.
+        rule: "paper", "lift", "backoff" or "ratio".
+        strength: in [0, 1].
+        background: the prior whose style is divided out by "ratio".
+        confidence: trust in a context seen N times with T distinct followers: "none", "wb" for N / (N + T),
+            "count(d)" for N / (N + d). Multiplies the terms of that context (sparse rules) or the whole row
+            by that of the longest match (dense rules).
+        k: pseudo-count of the sparse rules.
+        weights: of the orders, for the sparse rules; the paper's .1, .3, .6 by default.
+        plausibility: alpha in [0, 1]; only tokens with p >= alpha max p are biased, 0 for all.
+        plausibility_mode: "keep" leaves the probability of every token outside, and the sum inside, as they
+            were; "drop" forbids the tokens outside.
+        clip: bound on |strength * g|, nats.
+        schedule: "constant", "ramp(n)" from 0 over n generated tokens, "entropy" for strength H(p) / ln V,
+            "budget(eps)" to scale the bias of a step down to KL(processed, base) <= eps nats.
+        guard: strength of the loop guard (DRY) in nats, 0 for off; its growth, the match length that is
+            still free, and its bound are guard_base, guard_length and guard_cap.
+        exempt: further ids that keep their scores. Pad, BOS, unknown and EOS always do; with eos="prior" EOS
+            takes the prior's end of document.
+        bos: the beginning of a text is the start of a document for the prior.
+
+    Raises ValueError for a parameter outside its range. Source: arXiv:2601.16224, section 2.2 (rule
+    "paper"); Messner and Lippincott, arXiv:2503.08550 (relative of "lift"); Li et al., arXiv:2210.14431
+    (relative of "backoff"); Kneser, Peters and Klakow, Eurospeech 1997, and Liu et al., arXiv:2105.03023
+    (relatives of "ratio").
+
+    Cost per token: O(rows (log contexts + longest row)) for the sparse rules without options, else a few
+    passes over the scores. Beams, assisted decoding and batches of any kind are safe: nothing is remembered.
+
+    Example:
+        >>> import logitproc as lp
+        >>> prior = lp.NGramPrior.from_ids([[1, 2, 3, 1, 2, 4]], order=3, vocab_size=8)
+        >>> chain = lp.Chain([lp.NGramStyleLogitsProcessor(prior, strength=0.3)])
+    """
+
+    prior: NGramPrior
+    rule: Rule = "backoff"
+    strength: float = 0.3
+    background: NGramPrior | None = None
+    confidence: str = "none"
+    k: float = 1e-3
+    weights: tuple[float, ...] | None = None
+    plausibility: float = 0.0
+    plausibility_mode: Literal["keep", "drop"] = "keep"
+    clip: float | None = None
+    schedule: str = "constant"
+    guard: float = 0.0
+    guard_base: float = 1.75
+    guard_length: int = 2
+    guard_cap: float = 10.0
+    exempt: tuple[int, ...] = ()
+    eos: Literal["exempt", "prior"] = "exempt"
+    bos: bool = False
+
+    artifacts: ClassVar = {"prior": NGramPrior, "background": NGramPrior}
+
+    def __post_init__(self) -> None:
+        _one_of("rule", self.rule, get_args(Rule))
+        _one_of("plausibility_mode", self.plausibility_mode, ("keep", "drop"))
+        _one_of("eos", self.eos, ("exempt", "prior"))
+        _in_range("strength", self.strength, 0, 1)
+        _in_range("plausibility", self.plausibility, 0, 1)
+        _in_range("guard", self.guard, 0, math.inf)
+        _in_range("k", self.k, 1e-12, math.inf)
+        if self.clip is not None:
+            _in_range("clip", self.clip, 0, math.inf)
+        if self.guard:
+            _in_range("guard_base", self.guard_base, 1.0001, math.inf)
+            _in_range("guard_length", self.guard_length, 1, math.inf)
+            _in_range("guard_cap", self.guard_cap, self.guard, 1e9)
+        if not isinstance(self.prior, NGramPrior):
+            raise ValueError(f"prior must be an NGramPrior, got {type(self.prior).__name__}.")
+        if (self.rule == "ratio") != (self.background is not None):
+            raise ValueError("rule='ratio' needs a background prior, and no other rule takes one.")
+        if self.weights is not None and len(self.weights) != self.prior.order:
+            raise ValueError(f"weights must hold {self.prior.order} numbers, got {self.weights!r}.")
+        self._schedule, self._amount = _call(
+            _one_of("schedule", self.schedule, ("constant", "entropy", "ramp(n)", "budget(eps)"))
+        )
+        _one_of("confidence", self.confidence, ("none", "wb", "count(d)"))
+        self.weights = None if self.weights is None else tuple(self.weights)
+        self.exempt = tuple(self.exempt)
+        for token in self.exempt:
+            _in_range("exempt", token, 0, self.prior.vocab_size - 1)
+        self.context = None if self.guard else self.prior.order - 1
+        # Options that need the whole row of g; without them the sparse rules only touch their entries.
+        self._plain = not self.plausibility and self.clip is None and self._schedule == "constant"
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        return cls(_example_prior(width), strength=0.5)
+
+    @classmethod
+    def neutral(cls, width: int) -> Self:
+        return cls(_example_prior(width), strength=0.0)
+
+    @classmethod
+    def variants(cls, width: int) -> dict[str, Processor]:
+        prior, background = _example_prior(width), _example_prior(width, seed=1)
+        return {
+            "paper": cls(prior, rule="paper", strength=1.0),
+            "lift": cls(prior, rule="lift", confidence="wb"),
+            "backoff": cls(prior, confidence="count(5)", bos=True, eos="prior"),
+            "ratio": cls(prior, rule="ratio", background=background),
+            "keep": cls(prior, plausibility=0.1, clip=2.0, schedule="entropy"),
+            "drop": cls(prior, rule="lift", plausibility=0.05, plausibility_mode="drop"),
+            "budget": cls(prior, schedule="budget(0.05)"),
+            "guard": cls(prior, rule="paper", schedule="ramp(4)", guard=0.8),
+        }
+
+    def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
+        out = scores
+        if self.strength:
+            recent = tokens[:, max(0, tokens.shape[1] - self.prior.order + 1) :]
+            recent = torch.nn.functional.pad(recent, (self.prior.order - 1 - recent.shape[1], 0), value=-1)
+            table = self._tables[0].to(scores.device)
+            if scores.shape[1] < table.width:
+                self.check_width(scores.shape[1])
+            if self._plain and table.sparse:
+                out = table.add_to(scores, recent, self.strength)
+            else:
+                out = self._biased(recent, scores, generated)
+        if self.guard:
+            age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
+            tokens = torch.where(age <= generated[:, None], tokens, -1)
+            out = out - repetition_penalty(tokens, scores.shape[1], self.guard, self.guard_base,
+                                           self.guard_length, self.guard_cap)  # fmt: skip
+        return out
+
+    def _biased(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
+        inside = plausible(scores, self.plausibility) if self.plausibility else None
+        g = self._centred(self._g(tokens, scores), scores, inside)
+        bias = g * self._strengths(scores, generated)
+        if self.clip is not None:
+            bias = bias.clamp(-self.clip, self.clip)
+        if inside is not None and self.plausibility_mode == "keep":
+            bias = keep_mass(scores, bias, inside)
+        elif inside is not None:
+            scores = scores.masked_fill(~inside, -torch.inf)
+        if self._schedule == "budget":
+            bias = bias * within_budget(scores, bias, self._amount)
+        # A row without a finite score has no softmax, hence a bias of NaN.
+        return (scores + bias).masked_fill(scores == -torch.inf, -torch.inf)
+
+    def _g(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        g = self._tables[0].dense(tokens)
+        if self.rule == "ratio":
+            g = g - self._tables[1].to(scores.device).dense(tokens)
+        return g
+
+    def _centred(self, g: Tensor, scores: Tensor, inside: Tensor | None) -> Tensor:
+        """g [rows, width] with E_p[g] = 0 over the biased tokens and 0 elsewhere, for the dense rules."""
+        table = self._tables[0]
+        extra = scores.shape[1] - g.shape[1]
+        if not table.sparse:
+            z = scores[:, : g.shape[1]]
+            if inside is not None:
+                z = z.masked_fill(~inside[:, : g.shape[1]], -torch.inf)
+            z = z.index_fill(1, table.exempt, -torch.inf)
+            # A row whose tokens are all exempt or forbidden has nothing to bias.
+            top = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+            weight = (z - top).exp()
+            mean = (weight * g).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+            g = (g - mean).index_fill(1, table.exempt, 0.0)
+        return torch.nn.functional.pad(g, (0, extra)) if extra else g
+
+    def _strengths(self, scores: Tensor, generated: Tensor) -> float | Tensor:
+        if self._schedule == "ramp":
+            return self.strength * (generated / self._amount).clamp(max=1.0)[:, None]
+        if self._schedule == "entropy":
+            log_p = scores.log_softmax(-1)
+            entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1, keepdim=True)
+            return self.strength * entropy / math.log(scores.shape[1])
+        return self.strength
+
+    @functools.cached_property
+    def _tables(self) -> list[BiasTable]:
+        priors = [self.prior] if self.background is None else [self.prior, self.background]
+        return [
+            BiasTable(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos)
+            for p in priors
+        ]
+
+    def _exempt(self) -> list[int]:
+        about = self.prior.tokenizer
+        ids = {*about["special"], *self.exempt}
+        return sorted(ids - {about["eos"]} if self.eos == "prior" else ids)
+
+
+@functools.cache
+def _example_prior(width: int, seed: int = 0) -> NGramPrior:
+    rng = np.random.default_rng(seed)
+    words = np.minimum(rng.zipf(1.5, size=(40, 30)), width - 1)
+    return NGramPrior.from_ids(words.tolist(), order=3, vocab_size=width, eos=0)
+
+
+def _call(text: str) -> tuple[str, float]:
+    """'name(number)' -> (name, number); 'name' -> (name, 0)."""
+    match = re.fullmatch(r"(\w+)(?:\(([-+.\deE]+)\))?", text)
+    return (match[1], float(match[2] or 0)) if match else (text, math.nan)
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
+    """Raise unless value is one of `allowed`, where 'name(x)' stands for name(positive number)."""
+    name, amount = _call(value) if isinstance(value, str) else (value, 0.0)
+    for choice in allowed:
+        wants_number = choice.endswith(")")
+        if name == choice.partition("(")[0] and (amount > 0 if wants_number else value == choice):
+            return value
+    raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _in_range(key: str, value: float, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+        raise ValueError(f"{key} must be a number {bounds}, got {value!r}.")
