@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -94,11 +95,12 @@ class Chain(LogitsProcessor):
         parameters raise LookupError with near names; a malformed spec raises ValueError.
         """
         if isinstance(spec, str | Path):
-            return cls._from_file(Path(spec))
+            base, spec = Path(spec).parent, _read(Path(spec))
         if isinstance(spec, Mapping):
-            if spec.get("version", VERSION) > VERSION:
+            version = spec.get("version", VERSION)
+            if not isinstance(version, int) or version > VERSION:
                 raise ValueError(
-                    f"The chain has version {spec['version']}; this logitproc reads up to {VERSION}. "
+                    f"The chain has version {version!r}; this logitproc reads up to {VERSION}. "
                     "Upgrade logitproc."
                 )
             for key in spec:
@@ -115,22 +117,17 @@ class Chain(LogitsProcessor):
             processors.append(registry.get(item["name"]).from_parameters(parameters, base))
         return cls(processors)
 
-    @classmethod
-    def _from_file(cls, path: Path) -> Self:
-        import yaml
-
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no chain file {path}.")
-        try:
-            spec = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} is neither YAML nor JSON: {reason}") from None
-        return cls.from_spec(spec if spec is not None else [], base=path.parent)
-
     def save_pretrained(self, folder: str | Path, force: bool = False) -> None:
-        """Write `chain.json` and one folder for each artifact; all or nothing."""
+        """Write `chain.json` and one folder for each artifact; all or nothing.
+
+        Raises ValueError for a processor whose class is not registered: no name would lead back to it.
+        """
         from . import __version__
+
+        for processor in self.processors:
+            name = processor.name
+            if name not in registry.names() or registry.get(name) is not type(processor):
+                raise ValueError(f"{name} is not registered, so no saved chain can name it; use @register.")
 
         saved: dict[int, str] = {}
         spec = []
@@ -157,7 +154,7 @@ class Chain(LogitsProcessor):
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(str(folder), revision=revision)
-        return cls._from_file(Path(folder) / _FILE)
+        return cls.from_spec(Path(folder) / _FILE)
 
     def __repr__(self) -> str:
         return f"Chain([{', '.join(p.name for p in self.processors)}])"
@@ -187,15 +184,67 @@ class _BoundChain(LogitsProcessor):
 def parse_processor(text: str) -> dict[str, Any]:
     """`NAME:key=value,key=value` -> {"name": NAME, key: value}; values are YAML scalars or flow lists.
 
-    Raises ValueError naming the part that is not `key=value`.
+    A comma inside quotes or brackets belongs to the value. Raises ValueError naming the part that is not
+    `key=value`, or the key that is given twice.
     """
-    import yaml
-
     name, _, rest = text.partition(":")
     spec: dict[str, Any] = {"name": name.strip()}
-    for part in re.split(r",(?![^\[{]*[\]}])", rest) if rest.strip() else []:
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
+    for part in _split(rest) if rest.strip() else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (equals and key and value):
             raise ValueError(f"In --proc {text!r}, {part!r} is not key=value.")
-        spec[key.strip()] = yaml.safe_load(value)
+        if key in spec:
+            raise ValueError(f"In --proc {text!r}, {key!r} is given twice.")
+        try:
+            spec[key] = _yaml(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"In --proc {text!r}, {part!r} has no value: {_one_line(error)}") from None
     return spec
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that are outside quotes and brackets."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if char == "," and not depth and not quote:
+            parts.append("")
+            continue
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and parts[-1][-1:] in "=[{:, ":  # an apostrophe within a word is a letter
+            quote = char
+        else:
+            depth += (char in "[{") - (char in "]}")
+        parts[-1] += char
+    return parts
+
+
+def _read(path: Path) -> Any:
+    """What a YAML or JSON file holds, a list or a mapping."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no chain file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        spec = json.loads(text) if path.suffix == ".json" else _yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {_one_line(error)}") from None
+    if not isinstance(spec, Mapping | list):
+        raise ValueError(f"{path} is no chain: it holds neither a list of processors nor a mapping.")
+    return spec
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number, as in JSON and YAML 1.2; PyYAML asks for 1.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -45,7 +45,7 @@ class Processor(LogitsProcessor):
     # Capabilities; what is not supported is refused before the first token, never ignored.
     supports_beam: ClassVar[bool] = True
     supports_assisted: ClassVar[bool] = True
-    supports_continuous_batching: ClassVar[bool] = False  # transformers passes no history there
+    supports_continuous_batching: bool = False  # transformers passes no history there
     argmax_invariant: ClassVar[bool] = False  # True: greedy decoding is unaffected
     companions: ClassVar[tuple[str, ...]] = ()  # fields that hold an auxiliary model
 
@@ -53,9 +53,10 @@ class Processor(LogitsProcessor):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.name = cls.__name__  # until `register` names it: a subclass never passes for its parent
         cls._reads_generated = "generated" in inspect.signature(cls.step).parameters
 
-    def step(self, tokens: Tensor, scores: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define step().")
 
     @classmethod
@@ -67,6 +68,11 @@ class Processor(LogitsProcessor):
     def neutral(cls, width: int) -> Self:
         """The instance whose parameters leave the scores as they are, bit for bit."""
         raise NotImplementedError(f"{cls.__name__} must define neutral().")
+
+    @classmethod
+    def variants(cls, width: int) -> "dict[str, Processor]":
+        """Instances that between them take every path through `step`; the contract is tested on each."""
+        return {"example": cls.example(width)}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The transformers interface: input_ids [rows, length] int64, scores [rows, width]."""

@@ -35,8 +35,8 @@ class Entry(NamedTuple):
 def register(name: str, *, paper: str) -> Callable[[C], C]:
     """Class decorator: publish a `Processor` under `name`, citing `paper` (an arXiv id or an address).
 
-    Raises ValueError when the name is taken by another class, or when a file of `logitproc/methods`
-    registers a name other than its own; TypeError when the class is no `Processor`.
+    Raises ValueError when the name is taken by another class or by a file of `logitproc/methods`, or when
+    such a file registers a name other than its own; TypeError when the class is no `Processor`.
     """
 
     def decorate(cls: C) -> C:
@@ -47,9 +47,10 @@ def register(name: str, *, paper: str) -> Callable[[C], C]:
         package, _, stem = cls.__module__.rpartition(".")
         if package == f"{__package__}.methods" and stem != name:
             raise ValueError(f"methods/{stem}.py registers {name!r}; rename the file or the method.")
-        other = _classes.get(name)
-        if other is not None and _where(other) != _where(cls):
-            raise ValueError(f"Two methods are named {name!r}: {_where(other)} and {_where(cls)}.")
+        if name in _classes and _where(_classes[name]) != _where(cls):
+            raise _collision(name, [_where(_classes[name]), _where(cls)])
+        if name in _files() and package != f"{__package__}.methods":
+            raise _collision(name, [f"{__package__}.methods.{name}", _where(cls)])
         if not paper:
             raise ValueError(f"@register({name!r}) needs the paper or address that defines the method.")
         cls.name, cls.paper = name, paper
@@ -65,8 +66,15 @@ def names() -> list[str]:
 
 
 def get(name: str) -> "type[Processor]":
-    """The class registered as `name`. LookupError with near names when there is none."""
+    """The class registered as `name`.
+
+    LookupError with near names when there is none, ValueError when several packages offer one.
+    """
     if name not in _classes:
+        targets = {f"{__package__}.methods.{name}"} if name in _files() else set()
+        targets |= {point.value for point in entry_points(group=GROUP, name=name)}
+        if len(targets) > 1:
+            raise _collision(name, targets)
         if name in _files():
             importlib.import_module(f"{__package__}.methods.{name}")
         elif name in _plugins():
@@ -97,6 +105,10 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> LookupError:
     near = difflib.get_close_matches(given, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return LookupError(f"Unknown {kind} {given!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _collision(name: str, origins: Iterable[str]) -> ValueError:
+    return ValueError(f"Two methods are named {name!r}: {' and '.join(sorted(origins))}.")
 
 
 def _files() -> dict[str, Path]:
