@@ -1,0 +1,712 @@
+"""The command line: `logitproc list | describe | generate | fit | demo`.
+
+Thin: a command checks what it was given, calls the library and prints. Results go to standard output,
+everything else to standard error. Nothing heavy is imported before a command needs it, so that `--help`
+and `list` answer at once. Exit status: 0 done, 2 wrong usage or input, 1 failed.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Option
+
+from . import __version__, registry
+from .bundled import bundled, pocket
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+    from .chain import Chain
+    from .prior import NGramPrior
+    from .processor import Processor
+
+DEMO = ("ngram:prior=quixote,strength=0.3",)  # a row of the demo each
+DEMO_JUDGE = "quixote-held-out"  # counts of text that no steering prior has seen
+DEMO_PROMPTS = ("The old man looked down the road and", "She opened the letter, and", "My friend, you must")
+DEMO_SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 0}
+
+# Errors that the input causes. KeyError and IndexError are the two LookupErrors that only a bug raises.
+ANTICIPATED = (ValueError, LookupError, TypeError, OSError, ImportError)
+BUGS = (KeyError, IndexError)
+
+app = typer.Typer(name="logitproc", rich_markup_mode=None, add_completion=False)
+fit = typer.Typer(rich_markup_mode=None, help="Fit what a method needs, and save it as a folder.")
+app.add_typer(fit, name="fit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line on `arguments` (those of the process by default) and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in arguments  # wherever it stands
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("logitproc", arguments, obj=debug) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:  # the reader, `head` for one, has all it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        sentence, status = _explain(error)
+        print(f"logitproc: {sentence}", file=sys.stderr)
+        return status
+    return 0
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """(one line, exit status) of an error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return text or "Interrupted.", 2
+    if hasattr(error, "format_message"):  # typer's own: an option or a command that does not exist, ...
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "logitproc"
+        return f"{error.format_message().rstrip('.')}; see '{path} --help'.", 2
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.strerror, error.filename) if part) + ".", 2
+    if isinstance(error, ANTICIPATED) and not isinstance(error, BUGS):
+        return text or f"{type(error).__name__}.", 2
+    return f"{type(error).__name__}: {text.rstrip('.')}; --debug shows where.", 1
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"logitproc {__version__}")
+        raise typer.Exit
+
+
+# --debug is declared for the help only: main() takes it out, to accept it after a command too.
+@app.callback()
+def _logitproc(
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks and all messages.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Change what a language model says by changing its logits while it decodes, and measure what that
+    changed.
+
+    Start with: logitproc demo
+    """
+
+
+# --- list, describe ---
+
+Json = Annotated[bool, Option("--json", help="One JSON object a line.")]
+
+
+@app.command("list")
+def list_methods(as_json: Json = False) -> None:
+    """Name, paper and summary of every method."""
+    rows = [(entry.name, entry.paper, entry.summary) for entry in registry.entries()]
+    if as_json:
+        for row in rows:
+            print(json.dumps(dict(zip(("name", "paper", "summary"), row, strict=True)), ensure_ascii=False))
+    else:
+        print(_table([("name", "paper", "summary"), *rows]))
+
+
+@app.command()
+def describe(name: Annotated[str, typer.Argument(metavar="NAME", help="As `list` shows it.")]) -> None:
+    """What a method does, needs and can do."""
+    cls = registry.get(name)
+    example = cls.example(64)
+    spec = _example_spec(example)
+    parameters = [
+        (f"  {f.name}", _annotation(f.type), _default(f))
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.init
+    ]
+    context = example.context
+    yes = {True: "yes", False: "no"}
+    facts = [
+        ("  reads", {None: "all tokens", 0: "no tokens"}.get(context, f"the last {context} tokens")),
+        ("  beam search", yes[cls.supports_beam]),
+        ("  assisted decoding", yes[cls.supports_assisted]),
+        ("  continuous batching", yes[cls.supports_continuous_batching]),
+        ("  leaves greedy decoding alone", yes[cls.argmax_invariant]),
+        ("  companions", ", ".join(cls.companions) or "none"),
+    ]
+    print(f"{name} ({cls.paper})\n\n{inspect.getdoc(cls)}\n")
+    print(f"Fields\n{_table(parameters)}\n\nCapabilities, for the example below\n{_table(facts)}\n")
+    print(f'Example\n  logitproc generate --prompt "..." --proc {_as_flag(spec)}')
+
+
+def _annotation(kind: Any) -> str:
+    return kind if isinstance(kind, str) else re.sub(r"\b(\w+\.)+", "", inspect.formatannotation(kind))
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"default {field.default!r}"
+    return "required" if field.default_factory is dataclasses.MISSING else "optional"
+
+
+def _example_spec(example: "Processor") -> dict[str, Any]:
+    """What `example` was made from, as a spec: its name and the parameters that are not the default."""
+    spec: dict[str, Any] = {"name": example.name}
+    for field in dataclasses.fields(example):  # type: ignore[arg-type]
+        value = getattr(example, field.name)
+        if field.name in example.artifacts and value is not None:
+            spec[field.name] = _bundled_artifact(value.kind)
+        elif field.init and value != field.default:
+            spec[field.name] = value
+    return spec
+
+
+def _as_flag(spec: dict[str, Any]) -> str:
+    """NAME:key=value,... as --proc reads it."""
+    import yaml
+
+    flow = lambda value: yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
+    given = [f"{key}={flow(value)}" for key, value in spec.items() if key != "name"]
+    return f"{spec['name']}:{','.join(given)}" if given else spec["name"]
+
+
+def _bundled_artifact(kind: str) -> str:
+    for name, folder in bundled().items():
+        document = folder / "artifact.json"
+        if document.is_file() and json.loads(document.read_text(encoding="utf-8")).get("kind") == kind:
+            return name
+    return "FOLDER"
+
+
+# --- generate ---
+
+PromptList = Annotated[
+    list[str] | None, Option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")
+]
+NewTokens = Annotated[int, Option(metavar="N", min=1, help="At most so many tokens a result.")]
+MAX_SEED = 2**63 - 1
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    model: Annotated[str, Option(metavar="NAME", help="A bundled model, a folder, or ORG/NAME.")] = "base",
+    prompt: PromptList = None,
+    prompts: Annotated[
+        str | None, Option(metavar="FILE", help="One prompt a line; - for standard input.")
+    ] = None,
+    proc: Annotated[
+        list[str] | None,
+        Option(metavar="NAME:KEY=VALUE,...", help="A method; may be given several times, in this order."),
+    ] = None,
+    chain: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="Methods from YAML, JSON, or a folder that save_pretrained wrote. A --proc of a method in "
+            "it replaces the parameters given; another --proc is appended.",
+        ),
+    ] = None,
+    num_return_sequences: Annotated[int, Option(metavar="N", min=1, help="Results a prompt.")] = 1,
+    max_new_tokens: NewTokens = 64,
+    min_new_tokens: Annotated[int | None, Option(metavar="N", min=0)] = None,
+    do_sample: Annotated[
+        bool | None,
+        Option("--do-sample/--no-do-sample", help="The model's own setting if left out, as for the next."),
+    ] = None,
+    temperature: Annotated[float | None, Option(metavar="T", help="Above 0; turns sampling on.")] = None,
+    top_p: Annotated[float | None, Option(metavar="P", min=0, max=1, help="Turns sampling on.")] = None,
+    top_k: Annotated[
+        int | None, Option(metavar="K", min=0, help="0 for no limit; turns sampling on.")
+    ] = None,
+    num_beams: Annotated[int | None, Option(metavar="N", min=1, help="Above 1 for beam search.")] = None,
+    seed: Annotated[int | None, Option(metavar="N", min=0, max=MAX_SEED, help="Drawn if left out.")] = None,
+    batch_size: Annotated[int, Option(metavar="N", min=1, help="Prompts decoded at a time.")] = 8,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Option(help="auto: as the model is stored.")
+    ] = "auto",
+    device: Annotated[
+        str, Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    ] = "auto",
+    device_map: Annotated[
+        str | None, Option(metavar="MAP", help="Spread the model over devices: auto, balanced, ...")
+    ] = None,
+    as_json: Annotated[
+        bool, Option("--json", help="One object a line: prompt, index, text, tokens, chain, seed.")
+    ] = False,
+    stream: Annotated[bool, Option("--stream", help="Print one result while it is generated.")] = False,
+) -> None:
+    """Generate text through a chain of methods.
+
+    \b
+    logitproc generate --prompt "Once upon a time"
+    logitproc generate --prompt "My friend" --proc ngram:prior=quixote,strength=0.3 --do-sample --seed 1
+    cat prompts.txt | logitproc generate --prompts - --chain chain.yaml --json > results.jsonl
+
+    Sampled text repeats for a seed as long as the prompts, their order, --batch-size, --dtype, the device
+    and the versions of torch and transformers stay: the prompts of a batch draw from one stream of random
+    numbers, so a prompt's text changes with the prompts before and beside it. In half precision even text
+    that is not sampled may change with its batch, by rounding.
+    """
+    texts = _read_prompts(prompt or [], prompts)
+    source = _source(model)
+    flags = {
+        "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "do_sample": do_sample,
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+    }  # fmt: skip
+    _check_flags(flags)
+    if stream and as_json:
+        raise ValueError("--stream prints text as it comes and --json whole objects; choose one.")
+    if device_map and device != "auto":
+        raise ValueError(f"--device {device} and --device-map {device_map} exclude each other; choose one.")
+    _quiet(context)
+    through, spec = _build_chain(proc or [], chain)
+    place = _device(device) if not device_map else None
+    tokenizer, config, encoded = _prepare(source, texts, flags)
+    beams = config.num_beams or 1
+    if stream and (len(texts) > 1 or num_return_sequences > 1 or beams > 1):
+        raise ValueError(
+            f"--stream prints one sequence of one prompt without beams, got {len(texts)} prompts, "
+            f"{num_return_sequences} sequences and {beams} beams; leave --stream out."
+        )
+    through.require(beams=beams > 1)
+    through.check(tokenizer=tokenizer)
+    loaded = _load(source, dtype, place, device_map)
+    if config.do_sample and seed is None:
+        seed = int.from_bytes(os.urandom(4))
+        print(f"seed {seed}", file=sys.stderr)
+    _seed(seed)
+    if stream:
+        print(texts[0], end="", flush=True)
+        _continue(loaded, tokenizer, through, encoded, config, streamer=_streamer(tokenizer))
+        print()
+        return
+    results = _in_batches(loaded, tokenizer, through, encoded, config, batch_size)
+    for index, (number, ids) in enumerate(results):
+        text = _decode(tokenizer, encoded[number], ids)
+        if as_json:
+            record = {"prompt": texts[number], "index": index, "text": text, "tokens": ids, "chain": spec,
+                      "seed": seed}  # fmt: skip
+            print(json.dumps(record, ensure_ascii=False, default=str), flush=True)
+        else:
+            print(("\n" if index else "") + texts[number] + text, flush=True)
+
+
+def _read_prompts(given: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the line, then those of the file."""
+    prompts = list(given)
+    for text in prompts:
+        if not text.strip():
+            raise ValueError("A --prompt is empty; give it some text to continue.")
+    if file is not None:
+        name = "Standard input" if file == "-" else file
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        try:
+            lines = content.decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError:
+            raise ValueError(f"{name} is not UTF-8 text; give one prompt a line.") from None
+        found = [line.rstrip("\r") for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"{name} holds no prompt; give one a line.")
+        prompts += found
+    if not prompts:
+        raise ValueError("There is no prompt; give --prompt TEXT or --prompts FILE (- for standard input).")
+    return prompts
+
+
+def _source(name: str) -> str:
+    """A folder of a model or tokenizer, a bundled model by name, or the name of a repository on the hub.
+
+    FileNotFoundError for anything else: a path that does not exist is never looked up on the hub.
+    """
+    is_model = lambda folder: any((folder / f"{part}config.json").is_file() for part in ("", "tokenizer_"))
+    if is_model(Path(name)):
+        return name
+    if name in bundled():
+        return pocket(name)
+    if Path(name).exists():
+        raise FileNotFoundError(
+            f"{name} is no model: it holds neither config.json nor tokenizer_config.json."
+        )
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists():
+        return name
+    known = [key for key, folder in bundled().items() if is_model(folder)]
+    raise FileNotFoundError(
+        f"There is no folder {name}; bundled models are {', '.join(known) or 'missing'}, and a model on the "
+        "hub is written ORG/NAME."
+    )
+
+
+def _check_flags(flags: dict[str, Any]) -> None:
+    """Refuse settings that contradict each other; turn sampling on when a setting of it was given."""
+    temperature, least = flags["temperature"], flags["min_new_tokens"]
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"--temperature must be above 0, got {temperature}; --no-do-sample is greedy.")
+    if least is not None and least > flags["max_new_tokens"]:
+        raise ValueError(f"--min-new-tokens {least} exceeds --max-new-tokens {flags['max_new_tokens']}.")
+    for key in ("temperature", "top_p", "top_k"):
+        if flags[key] is not None:
+            if flags["do_sample"] is False:
+                raise ValueError(f"--{key.replace('_', '-')} is for sampling; leave out --no-do-sample.")
+            flags["do_sample"] = True
+
+
+def _build_chain(procs: Sequence[str], file: str | None) -> "tuple[Chain, list[dict[str, Any]]]":
+    """(chain, what was asked for): the chain file, with the flags over it."""
+    from .chain import Chain, _read, parse_processor
+
+    processors: list[Processor] = []
+    spec: list[dict[str, Any]] = []
+    if file is not None:
+        path = Path(file) / "chain.json" if Path(file).is_dir() else Path(file)
+        processors += Chain.from_spec(path).processors
+        document = _read(path)
+        spec += document["processors"] if isinstance(document, dict) else document
+    in_file = [item["name"] for item in spec]
+    for text in procs:
+        given = parse_processor(text)
+        name = given.pop("name")
+        if in_file.count(name) > 1:
+            raise ValueError(f"{file} holds {name!r} more than once, so --proc {text!r} is ambiguous.")
+        cls = registry.get(name)
+        if name in in_file:
+            at = in_file.index(name)
+            processors[at] = cls.from_parameters({**processors[at].parameters(), **given})
+            spec[at] = {**spec[at], **given}
+        else:
+            processors.append(cls.from_parameters(given))
+            spec.append({"name": name, **given})
+    return Chain(processors), spec
+
+
+def _quiet(context: typer.Context) -> None:
+    """Silence what transformers says beside errors, unless --debug was given."""
+    if context.obj:
+        return
+    import warnings
+
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()  # a download may take minutes
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}.") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device {name} is not there: torch sees {count} CUDA devices.")
+    return name
+
+
+def _prepare(
+    source: str, texts: Sequence[str], flags: dict[str, Any]
+) -> "tuple[Any, GenerationConfig, list[list[int]]]":
+    """(tokenizer, generation settings, token ids of the prompts), all checked before the weights are read."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    about = AutoConfig.from_pretrained(source)
+    try:
+        config = GenerationConfig.from_pretrained(source)
+    except OSError:  # an older model keeps them in config.json
+        config = GenerationConfig.from_model_config(about)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if config.pad_token_id is None:  # any will do: padding is masked, and cut off
+        config.pad_token_id = tokenizer.pad_token_id or 0
+    given = {key: value for key, value in flags.items() if value is not None}
+    config.update(**given, return_dict_in_generate=False)
+    encoded = [tokenizer(text)["input_ids"] for text in texts]
+    longest = getattr(about.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = longest - flags["max_new_tokens"]
+    for text, ids in zip(texts, encoded, strict=True):
+        start = repr(textwrap.shorten(text, 40, placeholder="..."))
+        if not ids:
+            raise ValueError(f"The prompt {start} has no token in this model's vocabulary.")
+        if len(ids) > room:
+            raise ValueError(
+                f"The prompt {start} has {len(ids)} tokens; the model's {longest} less --max-new-tokens "
+                f"{flags['max_new_tokens']} leave room for {max(room, 0)}."
+            )
+    return tokenizer, config, encoded
+
+
+def _load(source: str, dtype: str, device: str | None, device_map: str | None) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    place = {"device_map": device_map} if device_map else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **place)
+    return model.to(device) if device else model
+
+
+def _seed(seed: int | None) -> None:
+    from .generation import seed_everything
+
+    if seed is not None:
+        seed_everything(seed)
+
+
+def _in_batches(
+    model: "PreTrainedModel", tokenizer: Any, chain: "Chain", prompts: Sequence[list[int]],
+    config: "GenerationConfig", size: int,
+) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
+    """(number of the prompt, generated ids) of each result, as soon as its batch is done."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(prompts), unit=" prompts", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            rows = _continue(model, tokenizer, chain, batch, config)
+            bar.clear()  # the results may go to the same terminal
+            for row, ids in enumerate(rows):
+                yield start + row * len(batch) // len(rows), ids
+            bar.update(len(batch))
+
+
+def _continue(
+    model: "PreTrainedModel", tokenizer: Any, chain: "Chain", prompts: Sequence[list[int]],
+    config: "GenerationConfig", streamer: "BaseStreamer | None" = None,
+) -> list[list[int]]:  # fmt: skip
+    """The generated ids of each row, its end-of-text token included and the padding after that cut off."""
+    import torch
+
+    from .generation import generate
+
+    width = max(map(len, prompts))
+    ids = [[config.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    output = generate(
+        model, chain, tokenizer=tokenizer, generation_config=config, streamer=streamer,
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+    )  # fmt: skip
+    eos = config.eos_token_id
+    ends = set(eos) if isinstance(eos, list) else {eos}
+    rows = []
+    for row in output[:, width:].tolist():
+        end = next((at for at, token in enumerate(row, 1) if token in ends), len(row))
+        rows.append(row[:end])
+    return rows
+
+
+def _decode(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """The text of `ids` after `prompt`. Decoded alone, it would lose the space that it begins with."""
+    text = lambda tokens: tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    before, whole = text(prompt), text(prompt + ids)
+    return whole[len(before) :] if whole.startswith(before) else text(ids)
+
+
+def _streamer(tokenizer: Any) -> "BaseStreamer":
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Prints what `_decode` gives; TextStreamer decodes line by line, which may lose a space."""
+
+        prompt: list[int] | None = None
+        printed = ""
+
+        def put(self, value: Any) -> None:
+            if self.prompt is None:
+                self.prompt = value[0].tolist()
+                return
+            self.token_cache += value.tolist()
+            text = _decode(self.tokenizer, self.prompt, self.token_cache)
+            if not text.endswith("\ufffd"):  # half of a character
+                self._print(text)
+
+        def end(self) -> None:
+            self._print(_decode(self.tokenizer, self.prompt or [], self.token_cache))
+
+        def _print(self, text: str) -> None:
+            print(text[len(self.printed) :], end="", flush=True)
+            self.printed = text
+
+    return Streamer(tokenizer)
+
+
+# --- fit ---
+
+
+@fit.command("ngram")
+def fit_ngram(
+    context: typer.Context,
+    corpus: Annotated[
+        str, Option(metavar="FILE|DATASET", help="txt, jsonl, csv, tsv, parquet; or a dataset's name.")
+    ],
+    out: Annotated[str, Option(metavar="FOLDER", help="Where to save the prior.")],
+    tokenizer: Annotated[
+        str, Option(metavar="NAME", help="Of the model to steer: a bundled model, a folder, or ORG/NAME.")
+    ] = "base",
+    order: Annotated[int, Option(metavar="N", min=1, max=5, help="The longest n-grams to count.")] = 3,
+    force: Annotated[bool, Option("--force", help="Replace an existing folder.")] = False,
+    column: Annotated[str | None, Option(metavar="NAME", help="The column that holds the text.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="The split of a dataset.")] = None,
+    config: Annotated[str | None, Option(metavar="NAME", help="The configuration of a dataset.")] = None,
+    sample_by: Annotated[
+        str | None, Option(metavar="UNIT", help="Documents of a text file: line, paragraph, document.")
+    ] = None,
+) -> None:
+    """Count a corpus, to steer with.
+
+    \b
+    logitproc fit ngram --corpus quixote.txt --out runs/quixote
+    logitproc fit ngram --corpus abstracts.csv --column abstract --tokenizer openai-community/gpt2 --out prior
+
+    Memory is bounded whatever the size of the corpus. A fit that was interrupted resumes when the same
+    command is given again.
+    """
+    source = _source(tokenizer)
+    _quiet(context)
+    from transformers import AutoTokenizer
+
+    from .prior import NGramPrior
+
+    reading = {"column": column, "split": split, "config": config, "sample_by": sample_by}
+    given: dict[str, Any] = {key: value for key, value in reading.items() if value is not None}
+    try:
+        prior = NGramPrior.fit(
+            corpus, AutoTokenizer.from_pretrained(source), order=order, out=out, force=force, **given
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Interrupted; the same command resumes the count.") from None
+    size = sum(file.stat().st_size for file in Path(out).iterdir())
+    print(f"Counted {corpus}: {prior.documents:,} documents, {prior.tokens:,} tokens.")
+    print(_table([(f"  {n}-grams", f"{len(o.ids):,}") for n, o in enumerate(prior.orders, 1)], right=True))
+    print(f"Saved to {out}, {size / 1e3:,.0f} kB. Try it:")
+    proc = shlex.quote(f"ngram:prior={out},strength=0.3")
+    print(f'  logitproc generate --model {shlex.quote(tokenizer)} --prompt "..." --proc {proc}')
+
+
+# --- demo ---
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    prompt: PromptList = None,
+    strength: Annotated[float | None, Option(metavar="X", help="For all methods; 0 is neutral.")] = None,
+    max_new_tokens: NewTokens = 48,
+    seed: Annotated[int, Option(metavar="N", min=0, max=MAX_SEED)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show what the methods do, offline.
+
+    Text of the bundled model before and after, and what it cost. Style perplexity is under a Kneser-Ney
+    model of held-out Don Quixote: lower is more like it. Base perplexity is under the unsteered model:
+    higher is stranger to it. JS is how far the next-token distribution moved, from 0 to 1 bit, a mean over
+    the generated tokens.
+    """
+    texts = _read_prompts(prompt or DEMO_PROMPTS, None)
+    _quiet(context)
+    from .chain import Chain, parse_processor
+    from .prior import NGramPrior
+
+    chains = {"unsteered": Chain()}
+    for setting in DEMO:
+        item = parse_processor(setting)
+        if strength is not None and "strength" in item:
+            item["strength"] = strength
+        chains[_as_flag(item)] = Chain.from_spec([item])
+    judge = NGramPrior.load(DEMO_JUDGE)
+    source = pocket("base")
+    tokenizer, config, prompts = _prepare(source, texts, {**DEMO_SAMPLING, "max_new_tokens": max_new_tokens})
+    judge.check_tokenizer(tokenizer)
+    model = _load(source, "auto", "cpu", None)
+    rows: list[dict[str, Any]] = []
+    for label, chain in chains.items():
+        _seed(seed)
+        results = _continue(model, tokenizer, chain, prompts, config)
+        decoded = [_decode(tokenizer, *pair) for pair in zip(prompts, results, strict=True)]
+        figures = _figures(model, chain, judge, prompts, results)
+        rows.append({"method": label, "seed": seed, **figures, "prompts": texts, "texts": decoded})
+    if as_json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    plain, *steered = rows
+    for row in steered:
+        heads = [plain["method"], row["method"]]
+        for text, *columns in zip(texts, plain["texts"], row["texts"], strict=True):
+            print(f"{text} ...\n\n{_side_by_side(heads, columns)}\n")
+    heading = ("", "style perplexity", "base perplexity", "JS (bits)", "tokens")
+    print(_table([heading, *(_figure_cells(row) for row in rows)], right=True))
+    print("Style: held-out Don Quixote, lower is closer. Base: the unsteered model. More: demo --help\n")
+    print(
+        f"Try next: logitproc generate --prompt {shlex.quote(texts[0])} --proc {shlex.quote(DEMO[0])}, or "
+        "logitproc fit ngram --corpus YOUR.txt --out my-prior"
+    )
+
+
+def _figures(
+    model: Any, chain: "Chain", judge: "NGramPrior", prompts: list[list[int]], results: list[list[int]]
+) -> dict[str, float]:
+    """Means over the generated tokens."""
+    from .scoring import score_continuations
+
+    scores = score_continuations(model, chain, prompts, results)
+    tokens = sum(map(len, results))
+    mean = lambda key: sum(row[key] * row["tokens"] for row in scores) / tokens
+    style = sum(judge.log_prob(ids, prompt).sum() for prompt, ids in zip(prompts, results, strict=True))
+    return {"scored_tokens": tokens, "style_perplexity": math.exp(-style / tokens),
+            "base_perplexity": math.exp(mean("base_nll")), "js_bits": mean("js")}  # fmt: skip
+
+
+def _figure_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    figures = (f"{row['style_perplexity']:.1f}", f"{row['base_perplexity']:.1f}", f"{row['js_bits']:.3f}")
+    return (row["method"], *figures, str(row["scored_tokens"]))
+
+
+# --- layout ---
+
+
+def _table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Rows as aligned lines; with `right`, all columns but the first are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if right and at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _side_by_side(heads: Sequence[str], texts: Sequence[str]) -> str:
+    """Two texts in two columns, as wide as the terminal and at most 100 characters."""
+    width = (min(100, shutil.get_terminal_size((100, 24)).columns) - 3) // 2
+    columns = []
+    for head, text in zip(heads, texts, strict=True):
+        wrapped = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, width) or [""]]
+        columns.append([*textwrap.wrap(head, width), "-" * width, *wrapped])
+    lines = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(f"{left.ljust(width)} | {right}".rstrip() for left, right in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
