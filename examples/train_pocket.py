@@ -1,8 +1,14 @@
-"""Train the bundled models: tokenizer, `base`, `mini`, and their model card.
+"""Train the bundled models: tokenizer, `base`, `mini`, the `quixote` priors, and their model card.
 
     python examples/train_pocket.py tokenizer --data DATA --out runs/pocket
-    python examples/train_pocket.py train base --data DATA --out runs/pocket --tokens 14e6
-    python examples/train_pocket.py card --data DATA --out runs/pocket
+    python examples/train_pocket.py train base --data DATA --out runs/pocket --tokens 12e6
+    python examples/train_pocket.py train mini --data DATA --out runs/pocket --tokens 6e6
+    python examples/train_pocket.py styles --data DATA --out runs/pocket
+    python examples/train_pocket.py install --data DATA --out runs/pocket
+
+`styles` writes the three style corpora of the studies as JSON lines, a training and a held-out part each.
+`install` copies models, tokenizer and priors into `logitproc/pocket` and writes the model card with the
+held-out figures of every source. Further members of the family go into SIZES and PARTS.
 
 DATA holds `text/`, `arxiv/` and `tasks/gsm8k/` (see SOURCES). Only text that is public domain, CC0 or
 MIT is read. Don Quixote, the headlines and the arXiv category stat.ME are never read: they are the
@@ -252,16 +258,163 @@ def train(name: str, data: Path, out: Path, tokens: float, compiled: bool) -> No
     (out / f"{name}.training.json").write_text(json.dumps(summary, indent=1))
 
 
+# --- styles and priors ---
+
+
+def quixote_chapters(path: Path) -> list[str]:
+    """The chapters of both volumes, without contents, prefaces and the notes of the edition."""
+    text = path.read_text(encoding="utf-8").replace("\r", "")
+    chapters = []
+    for volume in text.split("\nVOLUME I")[1:]:  # VOLUME I. and VOLUME II.
+        end = re.search(r"\nEND OF PART I\.|\n *End of the Project Gutenberg", volume)
+        parts = re.split(r"\nCHAPTER [IVXLC]+\.\s*\n", volume[: end.start() if end else None])[1:]
+        # The first paragraph is the heading in capitals.
+        chapters += ["\n".join(paragraphs(part)[1:]) for part in parts]
+    return chapters
+
+
+def abstracts(path: Path) -> list[str]:
+    csv.field_size_limit(sys.maxsize)
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [" ".join(row["abstract"].split()) for row in rows if row["abstract"]]
+
+
+def write_styles(data: Path, out: Path) -> None:
+    """OUT/styles/NAME/{train,held-out}.jsonl: every tenth document is held out."""
+    styles = {
+        "quixote": quixote_chapters(data / "style/don_quixote.txt"),
+        "headlines": (data / "style/headlines.txt").read_text(encoding="utf-8").splitlines(),
+        "arxiv": abstracts(data / f"arxiv/{ARXIV_EXCLUDED}.tsv.xz"),
+        # What the models were trained on, thinned: the background that `ratio` divides out.
+        "neutral": [d for documents in sources(data).values() for d in split(documents)[0][::10]],
+    }
+    for name, documents in styles.items():
+        parts = {
+            "train": [d for i, d in enumerate(documents) if i % 10 != 5],
+            "held-out": [d for i, d in enumerate(documents) if i % 10 == 5],
+        }
+        folder = out / "styles" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, chosen in parts.items():
+            lines = (json.dumps({"text": d}) + "\n" for d in chosen)
+            (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            print(f"{folder / part}.jsonl: {len(chosen):,} documents, {sum(map(len, chosen)):,} characters")
+
+
+# --- installation ---
+
+PARTS = ("base", "mini")
+CARD = """# Bundled models
+
+Tiny causal language models with one tokenizer, for offline use, examples and tests. They write passable
+English sentences and know nothing. Licence: Apache-2.0, like the library.
+
+| model | parameters | layers x hidden | trained on | final training loss | device, time | date |
+|---|---|---|---|---|---|---|
+{models}
+
+Llama architecture, context {context} tokens, tied embeddings, bfloat16; sentencepiece BPE of {vocabulary} pieces
+with byte fallback. Trained by `examples/train_pocket.py` (Muon and AdamW, learning rate {rate}, {rows} windows a
+step, seed {seed}); every twentieth document of every source is held out.
+
+## Training text
+
+| source | documents | share of a batch | licence |
+|---|---|---|---|
+{sources}
+
+Not in the training text: Don Quixote, the news headlines and the arXiv category {excluded}, which the studies
+steer to.
+
+## Held-out figures
+
+Perplexity a token | bits a byte, on the held-out documents (at most {limit:,} characters of each source),
+windows of {context} tokens with stride {stride}.
+
+| source | {names} |
+|---|{dashes}
+{held_out}
+
+## Priors
+
+`quixote` counts n-grams of orders 1 to 3 of Don Quixote (Ormsby's translation, public domain), every tenth
+chapter left out; `quixote-held-out` counts the chapters left out, to score style on text that steers nothing.
+"""
+LICENCES = {
+    "bronte": "public domain", "darwin": "public domain", "dubois": "public domain",
+    "shakespeare": "public domain", "arxiv": "CC0 (abstracts of cs.CL, cs.CR, cs.NE, cs.HC)", "gsm8k": "MIT",
+}  # fmt: skip
+CARD_LIMIT, CARD_STRIDE = 400_000, 256
+
+
+def held_out_figures(data: Path, out: Path) -> dict[str, dict[str, str]]:
+    """Source -> model -> "perplexity | bits per byte"."""
+    import logitproc as lp
+    from logitproc.scoring import score_corpus
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, figures = load_tokenizer(out), {}
+    for name, documents in sources(data).items():
+        held_out, size = [], 0
+        for document in split(documents)[1]:
+            if size < CARD_LIMIT:
+                held_out.append(document)
+                size += len(document)
+        figures[name] = {}
+        for part in PARTS:
+            model = AutoModelForCausalLM.from_pretrained(out / part, dtype=torch.float32)
+            report = score_corpus(
+                model, tokenizer, lp.Chain(), held_out, context=CONTEXT, stride=CARD_STRIDE, batch_size=16,
+                divergence=False,
+            )  # fmt: skip
+            figures[name][part] = f"{report.perplexity():.1f} \\| {report.bits_per_byte():.3f}"
+    return figures
+
+
+def install(data: Path, out: Path) -> None:
+    import logitproc as lp
+
+    pocket, tokenizer = Path(lp.__file__).parent / "pocket", load_tokenizer(out)
+    for part in PARTS:
+        shutil.rmtree(pocket / part, ignore_errors=True)
+        shutil.copytree(out / part, pocket / part)
+    shutil.copy(out / "tokenizer" / "tokenizer.model", pocket / "base" / "tokenizer.model")
+    for name, part in (("quixote", "train"), ("quixote-held-out", "held-out")):
+        lp.NGramPrior.fit(out / f"styles/quixote/{part}.jsonl", tokenizer, out=pocket / name, force=True)
+    models = []
+    for part in PARTS:
+        t = json.loads((out / f"{part}.training.json").read_text())
+        size = f"{SIZES[part]['num_hidden_layers']} x {SIZES[part]['hidden_size']}"
+        models.append(f"| `{part}` | {t['parameters']:,} | {size} | {t['seen']:,} tokens | {t['final_loss']:.2f} "
+                      f"| {t['device']}, {t['seconds'] / 60:.0f} min | {t['date']} |")  # fmt: skip
+    texts, figures = sources(data), held_out_figures(data, out)
+    total = sum(ROWS.values())
+    (pocket / "MODEL_CARD.md").write_text(CARD.format(
+        models="\n".join(models), context=CONTEXT, vocabulary=VOCABULARY, rate=LEARNING_RATE, rows=total,
+        seed=SEED, excluded=ARXIV_EXCLUDED, limit=CARD_LIMIT, stride=CARD_STRIDE, dashes="---|" * len(PARTS),
+        names=" | ".join(f"`{p}`" for p in PARTS),
+        sources="\n".join(f"| {n} | {len(texts[n]):,} | {ROWS[n] / total:.0%} | {LICENCES[n]} |" for n in ROWS),
+        held_out="\n".join(f"| {n} | {' | '.join(figures[n].values())} |" for n in ROWS),
+    ), encoding="utf-8")  # fmt: skip
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("tokenizer", "train", "card"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("tokenizer", "train", "styles", "install"))
     parser.add_argument("model", nargs="?", choices=tuple(SIZES))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=14e6)
+    parser.add_argument("--tokens", type=float, default=12e6)
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     args = parser.parse_args()
     if args.command == "tokenizer":
         train_tokenizer(args.data, args.out)
     elif args.command == "train":
         train(args.model, args.data, args.out, args.tokens, args.compiled)
+    elif args.command == "styles":
+        write_styles(args.data, args.out)
+    else:
+        install(args.data, args.out)
