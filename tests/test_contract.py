@@ -145,6 +145,10 @@ def test_nothing_older_than_the_context_is_read_and_padding_is_no_token(subject)
     out = processor.apply(*given)
     padded = torch.nn.functional.pad(given.history, (3, 0), value=-1)
     assert_same(processor.apply(padded, given.scores, given.generated), out)
+    short = given.history[:, -1:]
+    padded = torch.nn.functional.pad(short, (12, 0), value=-1)
+    first = processor.apply(short, given.scores, torch.ones_like(given.generated))
+    assert_same(processor.apply(padded, given.scores, torch.ones_like(given.generated)), first)
     if processor.context is not None:
         other = torch.full_like(given.history, 3)
         older = torch.cat([other, given.history[:, given.history.shape[1] - processor.context :]], dim=1)
@@ -384,12 +388,15 @@ def test_equal_instances_are_two(subject):
 def test_a_step_on_cuda_never_waits_for_the_device(subject):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    processor, given = subject.make(), random_rows()
-    there = [part.cuda() for part in given]
-    processor.apply(*there)  # the first call may copy tables
+    history, scores, _ = random_rows()
+    ids, mask, prompt = history.clamp(min=0), history >= 0, 6
+    made = lp.Chain([subject.make()])
+    there, on_cuda = made.bind(ids[:, :prompt].cuda(), mask.cuda()), (ids.cuda(), scores.cuda())
+    there(*on_cuda)  # the first call may copy tables
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = processor.apply(*there)
+        out = there(*on_cuda)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(out.cpu(), processor.apply(*given), rtol=1e-4, atol=1e-4)
+    here = made.bind(ids[:, :prompt], mask)(ids, scores)
+    torch.testing.assert_close(out.cpu(), here, rtol=1e-4, atol=1e-4)
