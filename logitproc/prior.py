@@ -311,6 +311,16 @@ class NGramPrior(Artifact):
             below += np.where(seen, weights[n], 0.0)
         return np.log(above / below)
 
+    def contains(self, ids: Sequence[int], n: int) -> np.ndarray:
+        """Whether each n-gram of `ids` occurs in the corpus, bool [max(0, len(ids) - n + 1)].
+
+        Raises ValueError unless 1 <= n <= order.
+        """
+        if not 1 <= n <= self.order:
+            raise ValueError(f"n must be from 1 to {self.order}, the order of this prior; got {n}.")
+        entries = [entry for entry, _ in self._entries(ids, (), False)]
+        return entries[n - 1][n - 1 :] >= 0
+
     @functools.cached_property
     def _kept512(self) -> list[np.ndarray]:
         return self.kept(512)

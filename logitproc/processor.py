@@ -84,11 +84,11 @@ class Processor(LogitsProcessor):
         `generated` is described above; None means that the whole history was generated. The inputs are
         not modified; the result has the shape, dtype and device of `scores`.
         """
-        tokens = _trailing(history, self.context)
+        tokens = trailing(history, self.context)
         if not self._reads_generated:
             return self.step(tokens, scores.float()).to(scores.dtype)
         if generated is None:
-            generated = torch.full_like(history[:, :1].sum(1), history.shape[1])
+            generated = history.new_full((history.shape[0],), history.shape[1])
         return self.step(tokens, scores.float(), generated=generated).to(scores.dtype)
 
     def check_width(self, width: int) -> None:
@@ -139,7 +139,7 @@ class Processor(LogitsProcessor):
         return [value for value in values if value is not None]
 
 
-def _trailing(history: Tensor, context: int | None) -> Tensor:
+def trailing(history: Tensor, context: int | None) -> Tensor:
     """The last `context` columns, filled up on the left with -1; all columns for None."""
     if context is None or history.shape[1] == context:
         return history

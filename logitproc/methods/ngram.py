@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..prior import NGramPrior, default_weights, symbol_table
-from ..processor import Processor
+from ..processor import Processor, trailing
 from ..registry import register
 
 Rule = Literal["paper", "lift", "backoff", "ratio"]
@@ -40,61 +40,59 @@ class Level(NamedTuple):
     """One order of a `BiasTable`: C contexts, then one empty context that stands for "not found"."""
 
     keys: Tensor  # int64 [C + 1], ascending; the last one is no key
-    start: Tensor  # int64 [C + 1], first entry of the context
-    length: Tensor  # int64 [C + 1]
+    span: Tensor  # int64 [C + 1, 2]: first entry of the context, and how many it has
     reach: Tensor  # int64 [longest row]: 0, 1, 2, ...
-    ids: Tensor  # int64 [E + 1], the last one is V: it catches what is no entry
+    ids: Tensor  # int64 [E + 1]; the last one is V, a column that is thrown away
     values: Tensor  # float32 [E + 1], the last one is 0
     backoff: Tensor  # float32 [C + 1], added to the tokens that the context does not hold
     confidence: Tensor  # float32 [C + 1]
 
 
 class BiasTable:
-    """g of one rule for one prior, on one device.
+    """strength * g of one rule for one prior, on one device.
 
     Sparse rules (`paper`, `lift`) store in `values` the *term* of each order, to be summed; dense rules
     store the full value, which replaces that of the shorter context.
     """
 
     def __init__(self, prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None,
-                 confidence: str, exempt: list[int], bos: bool):  # fmt: skip
+                 confidence: str, exempt: list[int], bos: bool, strength: float):  # fmt: skip
         self.width, self.sparse, self.bos = prior.vocab_size, rule in ("paper", "lift"), bos
         conf = _confidence(prior, confidence)
         values, backoff, base = _terms(prior, rule, k, weights, conf)
-        if self.sparse:
-            conf = [np.ones_like(c) for c in conf]  # it is in the terms already
-        self.exempt = torch.tensor(exempt, dtype=torch.int64)
+        self.trusting = self.sparse or confidence == "none"  # the sparse terms hold their confidence
         if self.sparse:
             base[exempt] = 0.0
-        self.base = torch.from_numpy(base).float()
+        self.exempt = torch.tensor(exempt, dtype=torch.int64)
+        self.base = torch.from_numpy(np.append(base, 0.0) * strength).float()  # [V + 1]
         self.base_confidence = float(conf[0][0])
         self.symbols = torch.from_numpy(symbol_table(prior, bos))
         self.levels = []
         for o, value, back, c in zip(prior.orders[1:], values[1:], backoff[1:], conf[1:], strict=True):
-            keep = value != 0 if self.sparse else np.ones(len(value), bool)
-            if self.sparse:
-                keep &= ~np.isin(o.ids, exempt)
+            keep = (value != 0) & ~np.isin(o.ids, exempt) if self.sparse else np.ones(len(value), bool)
             length = np.bincount(o.context[keep], minlength=len(o.keys))
-            end = np.cumsum(length)
             self.levels.append(
                 Level(
                     keys=_tensor(o.keys, np.iinfo(np.int64).max),
-                    start=_tensor(end - length, 0),
-                    length=_tensor(length, 0),
+                    span=_tensor(np.stack([np.cumsum(length) - length, length], 1), 0),
                     reach=torch.arange(int(length.max(initial=0))),
                     ids=_tensor(o.ids[keep], self.width),
-                    values=_tensor(value[keep], 0.0).float(),
-                    backoff=_tensor(back, 0.0).float(),
+                    values=_tensor(value[keep] * strength, 0.0).float(),
+                    backoff=_tensor(back * strength, 0.0).float(),
                     confidence=_tensor(c, 1.0).float(),
                 )
             )
+        # The first level is found without a search: symbol -> context, int64 [V + 2].
+        self.first = torch.full((self.width + 2,), 0)
+        if self.levels:
+            keys = self.levels[0].keys[:-1]
+            self.first = torch.full((self.width + 2,), len(keys)).index_put((keys,), torch.arange(len(keys)))
 
     def to(self, device: torch.device) -> Self:
         """Move once; later calls with the same device cost nothing."""
         if self.base.device != device:
-            self.base, self.symbols, self.exempt = (
-                t.to(device) for t in (self.base, self.symbols, self.exempt)
-            )
+            for name in ("base", "symbols", "exempt", "first"):
+                setattr(self, name, getattr(self, name).to(device))
             self.levels = [Level(*(t.to(device) for t in level)) for level in self.levels]
         return self
 
@@ -105,52 +103,73 @@ class BiasTable:
         symbols = self.symbols[tokens.clamp(-1, self.width)]
         if self.bos:
             symbols = _start_of_text(symbols, tokens, self.width)
-        found, index = [], torch.zeros_like(symbols[:, 0])
-        for n, level in enumerate(self.levels, 1):
-            key = index * (self.width + 2) + symbols[:, -n]
+        found = [self.first[symbols[:, -1]]]
+        for n, level in enumerate(self.levels[1:], 2):
+            key = found[-1] * (self.width + 2) + symbols[:, -n]
             at = torch.searchsorted(level.keys, key)
-            index = torch.where(level.keys[at] == key, at, len(level.keys) - 1)
-            found.append(index)
+            found.append(torch.where(level.keys[at] == key, at, len(level.keys) - 1))
         return found
 
     def entries(self, level: Level, index: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, values), each [rows, longest row]; ids are V where a row has no further entry."""
-        start, length = level.start[index, None], level.length[index, None]
+        start, length = level.span[index].split(1, dim=1)
         block = torch.where(level.reach < length, start + level.reach, len(level.ids) - 1)
         return level.ids[block], level.values[block]
 
-    def dense(self, tokens: Tensor) -> Tensor:
-        """g [rows, V] float32 for tokens [rows, order - 1]."""
+    def dense(self, tokens: Tensor, width: int) -> Tensor:
+        """strength * g, a new float32 [rows, width] tensor for tokens [rows, order - 1]; 0 beyond V."""
         found = self.contexts(tokens)
-        rows = tokens.shape[0]
         # One column more than V catches the filling of short rows.
-        g = torch.nn.functional.pad(self.base, (0, 1)).expand(rows, -1)
+        base = torch.nn.functional.pad(self.base, (0, max(0, width - self.width - 1)))
         if self.sparse:
-            g = g.clone()
+            g = base.repeat(tokens.shape[0], 1)
             for level, index in zip(self.levels, found, strict=True):
-                ids, values = self.entries(level, index)
-                g.scatter_add_(1, ids, values)
-            return g[:, :-1]
+                g.scatter_add_(1, *self.entries(level, index))
+            return g[:, :width]
         backoffs = [level.backoff[index] for level, index in zip(self.levels, found, strict=True)]
-        above = torch.stack(backoffs).sum(0) if backoffs else torch.zeros(rows, device=g.device)
-        g = g + above[:, None]
-        confidence = torch.full_like(above, self.base_confidence)
+        above = torch.stack(backoffs).sum(0) if backoffs else base.new_zeros(tokens.shape[0])
+        g = base + above[:, None]
         for level, index, backoff in zip(self.levels, found, backoffs, strict=True):
             above = above - backoff
             ids, values = self.entries(level, index)
             g.scatter_(1, ids, values + above[:, None])
-            confidence = torch.where(index < len(level.keys) - 1, level.confidence[index], confidence)
-        return g[:, :-1] * confidence[:, None]
+        if not self.trusting:
+            confidence = torch.full_like(above, self.base_confidence)
+            for level, index in zip(self.levels, found, strict=True):
+                known = index < len(level.keys) - 1
+                confidence = torch.where(known, level.confidence[index], confidence)
+            g *= confidence[:, None]
+        g[:, self.width :] = 0.0
+        return g[:, :width]
 
-    def add_to(self, scores: Tensor, tokens: Tensor, strength: float) -> Tensor:
+    def add_to(self, scores: Tensor, tokens: Tensor) -> Tensor:
         """scores + strength * g for a sparse rule, without building g: one copy and a few entries."""
-        base = torch.nn.functional.pad(self.base, (0, scores.shape[1] - self.width))
-        out = torch.add(scores, base, alpha=strength)
+        if scores.shape[1] > self.width:
+            out = scores.clone()
+            out[:, : self.width + 1] += self.base
+        else:
+            out = scores + self.base[:-1]
         for level, index in zip(self.levels, self.contexts(tokens), strict=True):
             ids, values = self.entries(level, index)
-            values = torch.where(ids < self.width, values, 0.0) * strength
-            out.scatter_add_(1, ids.clamp(max=self.width - 1), values)
+            # What fills short rows adds 0, so it may as well go to the last column.
+            out.scatter_add_(1, ids.clamp_(max=scores.shape[1] - 1), values)
         return out
+
+
+def centred(g: Tensor, scores: Tensor, exempt: Tensor, width: int) -> Tensor:
+    """g - E_p[g] over the first `width` tokens that are not exempt, 0 elsewhere; changes g in place.
+
+    p is softmax(scores). A constant in g is invisible to a softmax over all tokens, but not beside
+    tokens that get no bias, nor to a clip.
+    """
+    p = scores.softmax(-1)
+    g.index_fill_(1, exempt, 0.0)
+    mass = p[:, :width].sum(-1) - p[:, exempt].sum(-1)
+    mean = torch.einsum("rv,rv->r", p, g) / mass
+    # No mass to speak of, or a row without a finite score: nothing is biased, so any finite mean does.
+    mean = torch.where(mass > 1e-6, mean, 0.0)
+    g[:, :width] -= mean[:, None]
+    return g.index_fill_(1, exempt, 0.0)
 
 
 def _terms(
@@ -191,7 +210,8 @@ def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
 
 
 def _tensor(array: np.ndarray, last: float) -> Tensor:
-    return torch.from_numpy(np.append(array, np.asarray(last, array.dtype)))
+    """The array with one more row, filled with `last`."""
+    return torch.from_numpy(np.concatenate([array, np.full((1, *array.shape[1:]), last, array.dtype)]))
 
 
 def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
@@ -358,7 +378,7 @@ class NGramStyleLogitsProcessor(Processor):
         for token in self.exempt:
             _in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self.context = None if self.guard else self.prior.order - 1
-        # Options that need the whole row of g; without them the sparse rules only touch their entries.
+        # No option that reads the distribution: the bias of a step is strength * g.
         self._plain = not self.plausibility and self.clip is None and self._schedule == "constant"
 
     @classmethod
@@ -386,15 +406,16 @@ class NGramStyleLogitsProcessor(Processor):
     def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
         out = scores
         if self.strength:
-            recent = tokens[:, max(0, tokens.shape[1] - self.prior.order + 1) :]
-            recent = torch.nn.functional.pad(recent, (self.prior.order - 1 - recent.shape[1], 0), value=-1)
+            recent = trailing(tokens, self.prior.order - 1)
             table = self._tables[0].to(scores.device)
             if scores.shape[1] < table.width:
                 self.check_width(scores.shape[1])
-            if self._plain and table.sparse:
-                out = table.add_to(scores, recent, self.strength)
-            else:
+            if not self._plain:
                 out = self._biased(recent, scores, generated)
+            elif table.sparse:
+                out = table.add_to(scores, recent)
+            else:
+                out = self._g(recent, scores).add_(scores)
         if self.guard:
             age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
             tokens = torch.where(age <= generated[:, None], tokens, -1)
@@ -402,10 +423,22 @@ class NGramStyleLogitsProcessor(Processor):
                                            self.guard_length, self.guard_cap)  # fmt: skip
         return out
 
+    def _g(self, tokens: Tensor, scores: Tensor, inside: Tensor | None = None) -> Tensor:
+        """strength * g [rows, width], centred for the dense rules over the tokens `inside`."""
+        width = scores.shape[1]
+        table = self._tables[0]
+        g = table.dense(tokens, width)
+        if table.sparse:
+            return g
+        if self.background is not None:
+            g -= self._tables[1].to(scores.device).dense(tokens, width)
+        if inside is not None:
+            scores = scores.masked_fill(~inside, -torch.inf)
+        return centred(g, scores, table.exempt, table.width)
+
     def _biased(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
         inside = plausible(scores, self.plausibility) if self.plausibility else None
-        g = self._centred(self._g(tokens, scores), scores, inside)
-        bias = g * self._strengths(scores, generated)
+        bias = self._g(tokens, scores, inside) * self._schedule_factor(scores, generated)
         if self.clip is not None:
             bias = bias.clamp(-self.clip, self.clip)
         if inside is not None and self.plausibility_mode == "keep":
@@ -417,42 +450,21 @@ class NGramStyleLogitsProcessor(Processor):
         # A row without a finite score has no softmax, hence a bias of NaN.
         return (scores + bias).masked_fill(scores == -torch.inf, -torch.inf)
 
-    def _g(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        g = self._tables[0].dense(tokens)
-        if self.rule == "ratio":
-            g = g - self._tables[1].to(scores.device).dense(tokens)
-        return g
-
-    def _centred(self, g: Tensor, scores: Tensor, inside: Tensor | None) -> Tensor:
-        """g [rows, width] with E_p[g] = 0 over the biased tokens and 0 elsewhere, for the dense rules."""
-        table = self._tables[0]
-        extra = scores.shape[1] - g.shape[1]
-        if not table.sparse:
-            z = scores[:, : g.shape[1]]
-            if inside is not None:
-                z = z.masked_fill(~inside[:, : g.shape[1]], -torch.inf)
-            z = z.index_fill(1, table.exempt, -torch.inf)
-            # A row whose tokens are all exempt or forbidden has nothing to bias.
-            top = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
-            weight = (z - top).exp()
-            mean = (weight * g).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
-            g = (g - mean).index_fill(1, table.exempt, 0.0)
-        return torch.nn.functional.pad(g, (0, extra)) if extra else g
-
-    def _strengths(self, scores: Tensor, generated: Tensor) -> float | Tensor:
+    def _schedule_factor(self, scores: Tensor, generated: Tensor) -> float | Tensor:
         if self._schedule == "ramp":
-            return self.strength * (generated / self._amount).clamp(max=1.0)[:, None]
+            return (generated / self._amount).clamp(max=1.0)[:, None]
         if self._schedule == "entropy":
             log_p = scores.log_softmax(-1)
             entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1, keepdim=True)
-            return self.strength * entropy / math.log(scores.shape[1])
-        return self.strength
+            return entropy / math.log(scores.shape[1])
+        return 1.0
 
     @functools.cached_property
     def _tables(self) -> list[BiasTable]:
         priors = [self.prior] if self.background is None else [self.prior, self.background]
         return [
-            BiasTable(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos)
+            BiasTable(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos,
+                      self.strength)
             for p in priors
         ]
 
