@@ -106,6 +106,8 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; choose another folder or pass --force to replace it.")
+    if path.exists() and not _replaceable(path):
+        raise FileExistsError(f"{path} exists and holds nothing that logitproc wrote; it is not replaced.")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -130,6 +132,14 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         if new != path:
             shutil.rmtree(new, ignore_errors=True)
     path.chmod(0o777 & ~_umask())  # mkdtemp made it private
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether `path` is an empty folder, or one that this module or a chain wrote."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()}
+    return not names or bool(names & {_JSON, "chain.json"})
 
 
 @contextlib.contextmanager

@@ -175,11 +175,11 @@ def test_a_failure_leaves_nothing_behind_and_the_old_folder_intact(tmp_path):
 
     old = tmp_path / "old"
     old.mkdir()
-    (old / "kept").write_text("kept")
+    (old / "artifact.json").write_text("kept")
     for target in (old, tmp_path / "fresh"):
         with pytest.raises(OSError, match="No space left"):
             fail(target)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["kept", "old"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["artifact.json", "old"]
 
 
 def test_a_full_disk_while_saving_leaves_the_old_artifact_intact(toy, tmp_path, monkeypatch):
@@ -215,6 +215,7 @@ def test_a_failed_swap_puts_the_old_folder_back(toy, tmp_path, monkeypatch):
 
 def test_an_existing_folder_is_refused_before_any_work_and_replaced_by_force(toy, tmp_path):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "artifact.json").write_text("stale")
     (tmp_path / "a" / "stale").write_text("stale")
     with pytest.raises(FileExistsError, match="--force"):
         with new_folder(tmp_path / "a"):
@@ -242,3 +243,11 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path):
             raise RuntimeError
     assert target.read_text(encoding="utf-8") == "\u00f1\n"
     assert [p.name for p in target.parent.iterdir()] == ["way.txt"]
+
+
+def test_force_replaces_only_what_was_written_here(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="it is not replaced"), new_folder(tmp_path / "thesis", force=True):
+        pass
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"

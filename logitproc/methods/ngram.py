@@ -304,7 +304,7 @@ class NGramStyleLogitsProcessor(Processor):
         weights: of the orders, for the sparse rules; the paper's .1, .3, .6 by default.
         plausibility: alpha in [0, 1]; only tokens with p >= alpha max p are biased, 0 for all.
         plausibility_mode: "keep" leaves the probability of every token outside, and the sum inside, as they
-            were; "drop" forbids the tokens outside.
+            were; "drop" forbids the tokens outside. Exempt tokens are neither biased nor forbidden.
         clip: bound on |strength * g|, nats.
         schedule: "constant", "ramp(n)" from 0 over n generated tokens, "entropy" for strength H(p) / ln V,
             "budget(eps)" to scale the bias of a step down to KL(processed, base) <= eps nats.
@@ -437,14 +437,19 @@ class NGramStyleLogitsProcessor(Processor):
         return centred(g, scores, table.exempt, table.width)
 
     def _biased(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
-        inside = plausible(scores, self.plausibility) if self.plausibility else None
+        table, inside = self._tables[0], None
+        if self.plausibility:  # the tokens that get a bias
+            inside = plausible(scores, self.plausibility).index_fill_(1, table.exempt, False)
+            inside[:, table.width :] = False
         bias = self._g(tokens, scores, inside) * self._schedule_factor(scores, generated)
         if self.clip is not None:
             bias = bias.clamp(-self.clip, self.clip)
         if inside is not None and self.plausibility_mode == "keep":
             bias = keep_mass(scores, bias, inside)
         elif inside is not None:
-            scores = scores.masked_fill(~inside, -torch.inf)
+            forbidden = (~inside).index_fill_(1, table.exempt, False)
+            forbidden[:, table.width :] = False
+            scores = scores.masked_fill(forbidden, -torch.inf)
         if self._schedule == "budget":
             bias = bias * within_budget(scores, bias, self._amount)
         # A row without a finite score has no softmax, hence a bias of NaN.
