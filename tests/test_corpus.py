@@ -43,6 +43,11 @@ def test_every_format_gives_the_same_texts(tmp_path, form):
     assert list(documents(path)) == list(documents(str(path))) == TEXTS
 
 
+def test_a_table_of_numbers_and_dates_is_still_text(write):
+    assert list(documents(write("a.csv", "text\n02\n1.50\n"))) == ["02", "1.50"]
+    assert list(documents(write("a.jsonl", '{"text": "2020-01-01"}\n'))) == ["2020-01-01"]
+
+
 def test_datasets_and_iterables_give_the_same_texts():
     dataset = datasets.Dataset.from_dict({"text": TEXTS, "n": [1] * len(TEXTS)})
     for source in (dataset, dataset.to_iterable_dataset(), TEXTS, iter(TEXTS), tuple(TEXTS)):
