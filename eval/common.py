@@ -36,7 +36,7 @@ def script(
         except Exception as error:
             if args.debug:
                 raise
-            sentence, status = cli._explain(error)
+            sentence, status = cli.explain(error)
             print(f"{name}: {sentence}", file=sys.stderr)
             return status
         return 0
@@ -87,13 +87,13 @@ def _score(args: argparse.Namespace, divergence: bool) -> "tuple[Report, Figures
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    chain, spec = cli._build_chain(args.proc, args.chain)
+    chain, spec = cli.build_chain(args.proc, args.chain)
     if divergence and not spec:
         raise ValueError("There is nothing to compare the model with; give --proc or --chain.")
     given = {"split": args.split, "config": args.config, "sample_by": args.sample_by}
     texts = documents(args.data, column=args.column, **{k: v for k, v in given.items() if v is not None})
     accelerator = Accelerator(cpu=_on_cpu(args.device))
-    source = cli._source(args.model)
+    source = cli.find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype).to(accelerator.device)
     context = args.context or min(scoring.max_context(model) or 1024, 1024)

@@ -222,7 +222,7 @@ def _score(bench: Bench, cell: Cell, chain: "Chain", texts: list[list[int]]) -> 
             **{f"distinct_{n}": metrics.distinct_n([ids], n) for n in (1, 2, 3)},
             "copied_span_bound": metrics.longest_copied_span_bound(ids, style),
         }
-        text = cli._decode(bench.tokenizer, before, ids)
+        text = cli.decode(bench.tokenizer, before, ids)
         yield {**asdict(cell), "line": line, "prompt": prompt, "text": text, "ids": ids,
                "tokens": len(ids), **{name: float(figures[name]) for name in MEASURES}}  # fmt: skip
 
@@ -484,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        sentence, status = cli._explain(error)
+        sentence, status = cli.explain(error)
         if isinstance(error, KeyboardInterrupt):
             sentence = "Interrupted; the same command resumes after the cells that are done."
         print(f"sweep: {sentence}", file=sys.stderr)
@@ -566,16 +566,16 @@ def _sweep(args: argparse.Namespace) -> None:
     cells.sort(key=lambda cell: cell.spec is not None)
 
     # Everything that can be wrong is found before the first text.
-    prompts = cli._read_prompts([], args.prompts)
+    prompts = cli.read_prompts([], args.prompts)
     chains = [build_chain(cell.spec) for cell in cells]
     style = _artifact(NGramPrior, args.style) if args.style else _first_prior(chains)
     held_out = _artifact(NGramPrior, args.held_out)
-    source, device = cli._source(args.model), cli._device(args.device)
+    source, device = cli.find_model(args.model), cli.choose_device(args.device)
     tokenizer = AutoTokenizer.from_pretrained(source)
     for chain in chains:
         chain.check(tokenizer=tokenizer)
     bench = Bench(
-        cli._load(source, args.dtype, device, None), tokenizer, prompts, style, held_out,
+        cli.load_model(source, args.dtype, device, None), tokenizer, prompts, style, held_out,
         max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, batch_size=args.batch_size,
     )  # fmt: skip
 

@@ -24,7 +24,6 @@ import csv
 import itertools
 import json
 import lzma
-import math
 import os
 import re
 import shutil
@@ -118,7 +117,7 @@ def train_tokenizer(data: Path, out: Path) -> None:
         for documents in sources(data).values():
             rng = np.random.default_rng(SEED)
             train = split(documents)[0]
-            for i in rng.permutation(len(train))[: 4000]:
+            for i in rng.permutation(len(train))[:4000]:
                 yield from train[i].split("\n")
 
     folder = out / "tokenizer"
@@ -243,9 +242,16 @@ def train(name: str, data: Path, out: Path, tokens: float, compiled: bool) -> No
             clock = time.time()
             recent = np.mean(state["losses"][-50:])
             speed = state["seen"] / state["seconds"]
-            print(f"{name} step {done} tokens {state['seen']:,} loss {recent:.3f} lr {rate:.2e} {speed:.0f} tok/s", flush=True)
+            print(
+                f"{name} step {done} tokens {state['seen']:,} loss {recent:.3f} lr {rate:.2e} {speed:.0f} tok/s",
+                flush=True,
+            )
         if done % 200 == 0 or state["seen"] >= tokens:
-            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "state": state}
+            saved = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in opts],
+                "state": state,
+            }
             torch.save(saved, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     model.config.use_cache = True
@@ -350,9 +356,10 @@ CARD_LIMIT, CARD_STRIDE = 400_000, 256
 
 def held_out_figures(data: Path, out: Path) -> dict[str, dict[str, str]]:
     """Source -> model -> "perplexity | bits per byte"."""
+    from transformers import AutoModelForCausalLM
+
     import logitproc as lp
     from logitproc.scoring import score_corpus
-    from transformers import AutoModelForCausalLM
 
     tokenizer, figures = load_tokenizer(out), {}
     for name, documents in sources(data).items():

@@ -15,10 +15,10 @@ __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+    from .bundled import pocket
     from .chain import Chain
     from .generation import generate
     from .methods.ngram import NGramStyleLogitsProcessor
-    from .bundled import pocket
     from .prior import NGramPrior
     from .processor import Processor
     from .registry import get, names, register

@@ -106,7 +106,9 @@ def _sections(file: TextIO, path: Path) -> Iterator[list[str]]:
     """The lines of each `\\n-grams:` section, checked against the sizes of the header."""
     if not file.readline().startswith("\\data\\"):
         raise ValueError(f"{path} is not an ARPA file: its first line is not \\data\\.")
-    sizes, lines, n, ended = {}, [], 0, False
+    sizes: dict[int, int] = {}
+    lines: list[str] = []
+    n, ended = 0, False
     for line in file:
         line = line.rstrip("\n")
         if match := re.match(r"ngram (\d+)=(\d+)", line):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .prior import NGramPrior
     from .processor import Processor
 
-DEMO = ("ngram:prior=quixote,strength=0.3",)  # a row of the demo each
+DEMO = ("ngram:prior=quixote,strength=1.0",)  # a row of the demo each
 DEMO_JUDGE = "quixote-held-out"  # counts of text that no steering prior has seen
 DEMO_PROMPTS = ("The old man looked down the road and", "She opened the letter, and", "My friend, you must")
 DEMO_SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 0}
@@ -66,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        sentence, status = _explain(error)
+        sentence, status = explain(error)
         print(f"logitproc: {sentence}", file=sys.stderr)
         return status
     return 0
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def explain(error: BaseException) -> tuple[str, int]:
     """(one line, exit status) of an error."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
@@ -252,7 +252,7 @@ def generate(
 
     \b
     logitproc generate --prompt "Once upon a time"
-    logitproc generate --prompt "My friend" --proc ngram:prior=quixote,strength=0.3 --do-sample --seed 1
+    logitproc generate --prompt "My friend" --proc ngram:prior=quixote --do-sample --seed 1
     cat prompts.txt | logitproc generate --prompts - --chain chain.yaml --json > results.jsonl
 
     Sampled text repeats for a seed as long as the prompts, their order, --batch-size, --dtype, the device
@@ -260,8 +260,8 @@ def generate(
     numbers, so a prompt's text changes with the prompts before and beside it. In half precision even text
     that is not sampled may change with its batch, by rounding.
     """
-    texts = _read_prompts(prompt or [], prompts)
-    source = _source(model)
+    texts = read_prompts(prompt or [], prompts)
+    source = find_model(model)
     flags = {
         "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "do_sample": do_sample,
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": num_beams,
@@ -273,8 +273,8 @@ def generate(
     if device_map and device != "auto":
         raise ValueError(f"--device {device} and --device-map {device_map} exclude each other; choose one.")
     _quiet(context)
-    through, spec = _build_chain(proc or [], chain)
-    place = _device(device) if not device_map else None
+    through, spec = build_chain(proc or [], chain)
+    place = choose_device(device) if not device_map else None
     tokenizer, config, encoded = _prepare(source, texts, flags)
     beams = config.num_beams or 1
     if stream and (len(texts) > 1 or num_return_sequences > 1 or beams > 1):
@@ -284,7 +284,7 @@ def generate(
         )
     through.require(beams=beams > 1)
     through.check(tokenizer=tokenizer)
-    loaded = _load(source, dtype, place, device_map)
+    loaded = load_model(source, dtype, place, device_map)
     if config.do_sample and seed is None:
         seed = int.from_bytes(os.urandom(4))
         print(f"seed {seed}", file=sys.stderr)
@@ -296,7 +296,7 @@ def generate(
         return
     results = _in_batches(loaded, tokenizer, through, encoded, config, batch_size)
     for index, (number, ids) in enumerate(results):
-        text = _decode(tokenizer, encoded[number], ids)
+        text = decode(tokenizer, encoded[number], ids)
         if as_json:
             record = {"prompt": texts[number], "index": index, "text": text, "tokens": ids, "chain": spec,
                       "seed": seed}  # fmt: skip
@@ -305,7 +305,7 @@ def generate(
             print(("\n" if index else "") + texts[number] + text, flush=True)
 
 
-def _read_prompts(given: Sequence[str], file: str | None) -> list[str]:
+def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the line, then those of the file."""
     prompts = list(given)
     for text in prompts:
@@ -327,7 +327,7 @@ def _read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     return prompts
 
 
-def _source(name: str) -> str:
+def find_model(name: str) -> str:
     """A folder of a model or tokenizer, a bundled model by name, or the name of a repository on the hub.
 
     FileNotFoundError for anything else: a path that does not exist is never looked up on the hub.
@@ -364,7 +364,7 @@ def _check_flags(flags: dict[str, Any]) -> None:
             flags["do_sample"] = True
 
 
-def _build_chain(procs: Sequence[str], file: str | None) -> "tuple[Chain, list[dict[str, Any]]]":
+def build_chain(procs: Sequence[str], file: str | None) -> "tuple[Chain, list[dict[str, Any]]]":
     """(chain, what was asked for): the chain file, with the flags over it."""
     from .chain import Chain, _read, parse_processor
 
@@ -408,7 +408,7 @@ def _quiet(context: typer.Context) -> None:
         enable_progress_bars()  # a download may take minutes
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
     import torch
 
     if name == "auto":
@@ -454,7 +454,7 @@ def _prepare(
     return tokenizer, config, encoded
 
 
-def _load(source: str, dtype: str, device: str | None, device_map: str | None) -> "PreTrainedModel":
+def load_model(source: str, dtype: str, device: str | None, device_map: str | None) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     place = {"device_map": device_map} if device_map else {}
@@ -512,7 +512,7 @@ def _continue(
     return rows
 
 
-def _decode(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+def decode(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
     """The text of `ids` after `prompt`. Decoded alone, it would lose the space that it begins with."""
     text = lambda tokens: tokenizer.decode(
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -525,7 +525,7 @@ def _streamer(tokenizer: Any) -> "BaseStreamer":
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Prints what `_decode` gives; TextStreamer decodes line by line, which may lose a space."""
+        """Prints what `decode` gives; TextStreamer decodes line by line, which may lose a space."""
 
         prompt: list[int] | None = None
         printed = ""
@@ -535,12 +535,12 @@ def _streamer(tokenizer: Any) -> "BaseStreamer":
                 self.prompt = value[0].tolist()
                 return
             self.token_cache += value.tolist()
-            text = _decode(self.tokenizer, self.prompt, self.token_cache)
+            text = decode(self.tokenizer, self.prompt, self.token_cache)
             if not text.endswith("\ufffd"):  # half of a character
                 self._print(text)
 
         def end(self) -> None:
-            self._print(_decode(self.tokenizer, self.prompt or [], self.token_cache))
+            self._print(decode(self.tokenizer, self.prompt or [], self.token_cache))
 
         def _print(self, text: str) -> None:
             print(text[len(self.printed) :], end="", flush=True)
@@ -580,7 +580,7 @@ def fit_ngram(
     Memory is bounded whatever the size of the corpus. A fit that was interrupted resumes when the same
     command is given again.
     """
-    source = _source(tokenizer)
+    source = find_model(tokenizer)
     _quiet(context)
     from transformers import AutoTokenizer
 
@@ -598,7 +598,7 @@ def fit_ngram(
     print(f"Counted {corpus}: {prior.documents:,} documents, {prior.tokens:,} tokens.")
     print(_table([(f"  {n}-grams", f"{len(o.ids):,}") for n, o in enumerate(prior.orders, 1)], right=True))
     print(f"Saved to {out}, {size / 1e3:,.0f} kB. Try it:")
-    proc = shlex.quote(f"ngram:prior={out},strength=0.3")
+    proc = shlex.quote(f"ngram:prior={out}")
     print(f'  logitproc generate --model {shlex.quote(tokenizer)} --prompt "..." --proc {proc}')
 
 
@@ -621,7 +621,7 @@ def demo(
     higher is stranger to it. JS is how far the next-token distribution moved, from 0 to 1 bit, a mean over
     the generated tokens.
     """
-    texts = _read_prompts(prompt or DEMO_PROMPTS, None)
+    texts = read_prompts(prompt or DEMO_PROMPTS, None)
     _quiet(context)
     from .chain import Chain, parse_processor
     from .prior import NGramPrior
@@ -636,12 +636,12 @@ def demo(
     source = pocket("base")
     tokenizer, config, prompts = _prepare(source, texts, {**DEMO_SAMPLING, "max_new_tokens": max_new_tokens})
     judge.check_tokenizer(tokenizer)
-    model = _load(source, "auto", "cpu", None)
+    model = load_model(source, "auto", "cpu", None)
     rows: list[dict[str, Any]] = []
     for label, chain in chains.items():
         _seed(seed)
         results = _continue(model, tokenizer, chain, prompts, config)
-        decoded = [_decode(tokenizer, *pair) for pair in zip(prompts, results, strict=True)]
+        decoded = [decode(tokenizer, *pair) for pair in zip(prompts, results, strict=True)]
         figures = _figures(model, chain, judge, prompts, results)
         rows.append({"method": label, "seed": seed, **figures, "prompts": texts, "texts": decoded})
     if as_json:

@@ -10,17 +10,20 @@ holds. Kneser-Ney follows Chen and Goodman, TR-10-98 (1998), interpolated and mo
 Heafield et al., "Scalable Modified Kneser-Ney Language Model Estimation", ACL 2013, section 3.
 """
 
+import contextlib
 import functools
+import json
 import logging
 import math
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .artifact import Artifact, describe_tokenizer, new_folder, write_artifact
+from .artifact import Artifact, describe_tokenizer, new_folder, write_artifact, write_text
 from .counting import NGramCounter
 
 logger = logging.getLogger(__name__)
@@ -116,16 +119,17 @@ class NGramPrior(Artifact):
             raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it.")
         about = describe_tokenizer(tokenizer)
         name = Path(corpus).name if isinstance(corpus, str | Path) else type(corpus).__name__
+        texts = documents(corpus, **reading)
         with tempfile.TemporaryDirectory() as scratch:
-            partial = Path(f"{out}.partial") if out is not None else Path(scratch)
-            counter = NGramCounter(partial, order, about["vocab_size"], about["eos"])
-            _count(counter, documents(corpus, **reading), tokenizer)
-            scalars, arrays = counter.finish()
-            scalars |= {"corpus": name, "discounts": discounts}
-            target = Path(out) if out is not None else Path(scratch) / "prior"
-            with new_folder(target, force) as new:
-                write_artifact(new, cls.kind, about, scalars, arrays)
-            counter.remove()
+            partial = Path(f"{out}.partial") if out is not None else Path(scratch) / "partial"
+            with _same_corpus(partial, [str(corpus), _size(corpus), reading, about["fingerprint"]]):
+                counter = NGramCounter(partial, order, about["vocab_size"], about["eos"])
+                _count(counter, texts, tokenizer)
+                scalars, arrays = counter.finish()
+                target = Path(out) if out is not None else Path(scratch) / "prior"
+                with new_folder(target, force) as new:
+                    extra = {"corpus": name, "discounts": discounts}
+                    write_artifact(new, cls.kind, about, scalars | extra, arrays)
             return cls.load(target)
 
     @classmethod
@@ -142,8 +146,8 @@ class NGramPrior(Artifact):
             counter = NGramCounter(Path(scratch), order, vocab_size, eos)
             counter.add(list(documents))
             scalars, arrays = counter.finish()
-            scalars["discounts"] = discounts
-            return cls._restore(tokenizer, scalars, {k: np.array(v) for k, v in arrays.items()})
+            in_memory = {name: np.array(array) for name, array in arrays.items()}
+            return cls._restore(tokenizer, {**scalars, "discounts": discounts}, in_memory)
 
     # --- saved form ---
 
@@ -180,8 +184,8 @@ class NGramPrior(Artifact):
             oldest = arrays[f"oldest_{n}"].astype(np.int64)
             keys = parent * (tokenizer["vocab_size"] + 2) + oldest
             orders.append(Order(keys, parent, oldest, indptr, ids))
-        about = {key: scalars.get(key) for key in ("documents", "tokens", "corpus", "discounts")}
-        about["corpus"] = about["corpus"] or ""
+        about: dict[str, Any] = {key: scalars[key] for key in ("documents", "tokens")}
+        about |= {"corpus": scalars.get("corpus", ""), "discounts": scalars.get("discounts")}
         if "counts_1" in arrays:
             counts = [arrays[f"counts_{n}"].astype(np.int64) for n in range(1, len(orders) + 1)]
             return cls(tokenizer, orders, counts, **about)
@@ -275,9 +279,7 @@ class NGramPrior(Artifact):
         ids = np.asarray(ids, np.int64)
         return table[np.clip(ids, -1, self.vocab_size)]
 
-    def log_prob(
-        self, ids: Sequence[int], context: Sequence[int] = (), *, bos: bool = False
-    ) -> np.ndarray:
+    def log_prob(self, ids: Sequence[int], context: Sequence[int] = (), *, bos: bool = False) -> np.ndarray:
         """ln p of each of `ids` under Kneser-Ney, float64 [len(ids)]; `context` precedes and is not scored.
 
         With `bos` the text (context included) is taken to begin a document. -inf where p = 0.
@@ -400,13 +402,39 @@ def _check_order(order: int) -> None:
         raise ValueError(f"order must be a whole number from 1 to {MAX_ORDER}, got {order!r}.")
 
 
+@contextlib.contextmanager
+def _same_corpus(partial: Path, identity: list[Any]) -> Iterator[None]:
+    """Keep `partial` for a later call with the same corpus when the block is interrupted or the disk is
+    full; remove it when the block is done, or when its input was at fault."""
+    note, text = partial / "corpus.json", json.dumps(identity, default=str)
+    if note.exists() and note.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{partial} holds an interrupted count of another corpus; finish that one first, or remove the folder."
+        )
+    write_text(note, text)
+    try:
+        yield
+    except (OSError, KeyboardInterrupt):
+        raise
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(partial)
+
+
+def _size(corpus: Any) -> int | None:
+    return Path(corpus).stat().st_size if isinstance(corpus, str | Path) and Path(corpus).is_file() else None
+
+
 def _check_discounts(discounts: Sequence[Sequence[float]] | None, order: int) -> None:
     if discounts is None:
         return
     if len(discounts) != order or any(
         len(d) != 3 or not all(0 <= x <= j for j, x in enumerate(d, 1)) for d in discounts
     ):
-        raise ValueError(f"discounts must hold {order} triples (D1, D2, D3+) with 0 <= Dj <= j, got {discounts!r}.")
+        raise ValueError(
+            f"discounts must hold {order} triples (D1, D2, D3+) with 0 <= Dj <= j, got {discounts!r}."
+        )
 
 
 def find_contexts(orders: Sequence[Order], newest_first: np.ndarray, vocab_size: int) -> np.ndarray:

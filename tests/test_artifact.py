@@ -248,6 +248,9 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path):
 def test_force_replaces_only_what_was_written_here(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="it is not replaced"), new_folder(tmp_path / "thesis", force=True):
+    with (
+        pytest.raises(FileExistsError, match="it is not replaced"),
+        new_folder(tmp_path / "thesis", force=True),
+    ):
         pass
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"

@@ -174,11 +174,11 @@ def test_describe_shows_parameters_capabilities_and_an_example_that_runs(run, ge
     status, out, err = run("describe", "ngram")
     assert (status, err) == (0, "")
     assert "arXiv:2601.16224" in out and "Parameters:" in out
-    assert ["strength", "float", "default", "0.3"] in [line.split() for line in out.splitlines()]
+    assert ["strength", "float", "default", "None"] in [line.split() for line in out.splitlines()]
     assert ["prior", "NGramPrior", "required"] in [line.split() for line in out.splitlines()]
     assert "the last 2 tokens" in out and "beam search" in out
     example = out.split()[-1]
-    assert example == "ngram:prior=quixote,strength=0.5"
+    assert example.startswith("ngram:prior=quixote,strength=0.5,confidence=wb")
     assert generate("--prompt", "the", "--proc", example)
 
 
@@ -325,8 +325,8 @@ def test_dtype_device_and_device_map_reach_the_model(monkeypatch, generate):
         maps.append(arguments[3])
         return seen[-1]
 
-    real, maps = cli._load, []
-    monkeypatch.setattr(cli, "_load", spy)
+    real, maps = cli.load_model, []
+    monkeypatch.setattr(cli, "load_model", spy)
     generate("--prompt", "the", "--dtype", "bfloat16", "--device", "cpu")
     generate("--prompt", "the", "--device-map", "auto")
     assert [model.dtype for model in seen] == [torch.bfloat16, torch.float32]
@@ -570,7 +570,7 @@ def test_demo_shows_text_side_by_side_and_a_table(run, monkeypatch):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if "style perplexity" in line) :]
-    assert table[1].startswith("unsteered") and table[2].startswith("ngram:prior=quixote,strength=0.3")
+    assert table[1].startswith("unsteered") and table[2].startswith("ngram:prior=quixote,strength=1.0")
     assert all(f"{prompt} ..." in lines for prompt in cli.DEMO_PROMPTS)
     assert all(len(line) <= 100 for line in lines[:-1])
     assert sum(" | " in line for line in lines) >= 3 * len(cli.DEMO_PROMPTS)

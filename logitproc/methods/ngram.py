@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,16 @@ from ..processor import Processor, trailing
 from ..registry import register
 
 Rule = Literal["paper", "lift", "backoff", "ratio"]
+# What a parameter left out (None) becomes. `backoff`: chosen by `eval/study.py`, see eval/RESULTS.md; the others
+# are the bare formulas, at strengths where they did not collapse there.
+OFF: dict[str, Any] = {"confidence": "none", "plausibility": 0.0, "guard": 0.0}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "paper": {"strength": 0.1, **OFF},
+    "lift": {"strength": 0.2, **OFF},
+    "backoff": {"strength": 1.0, "confidence": "wb", "plausibility": 0.01, "guard": 2.0},
+    "ratio": {"strength": 0.2, **OFF},
+}
+BY_RULE: Any = None
 LOWEST = -50.0  # ln of a probability that rounds to 0: a bias steers, it does not forbid
 FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 
@@ -292,6 +302,9 @@ class NGramStyleLogitsProcessor(Processor):
     beyond the prior's vocabulary, and special tokens, keep their scores (`exempt`, `eos`); the dense rules
     centre g to E_p[g] = 0 for that, which no softmax over the other tokens can tell.
 
+    strength, confidence, plausibility and guard that are left out are the rule's own (`DEFAULTS`): what the
+    study chose for "backoff", the bare formula for the others.
+
     Parameters:
         prior: what `NGramPrior.fit` made, or its folder, or the name of a bundled one.
         rule: "paper", "lift", "backoff" or "ratio".
@@ -330,16 +343,16 @@ class NGramStyleLogitsProcessor(Processor):
 
     prior: NGramPrior
     rule: Rule = "backoff"
-    strength: float = 0.3
+    strength: float = BY_RULE
     background: NGramPrior | None = None
-    confidence: str = "none"
+    confidence: str = BY_RULE
     k: float = 1e-3
     weights: tuple[float, ...] | None = None
-    plausibility: float = 0.0
+    plausibility: float = BY_RULE
     plausibility_mode: Literal["keep", "drop"] = "keep"
     clip: float | None = None
     schedule: str = "constant"
-    guard: float = 0.0
+    guard: float = BY_RULE
     guard_base: float = 1.75
     guard_length: int = 2
     guard_cap: float = 10.0
@@ -351,6 +364,9 @@ class NGramStyleLogitsProcessor(Processor):
 
     def __post_init__(self) -> None:
         _one_of("rule", self.rule, get_args(Rule))
+        for key, value in DEFAULTS[self.rule].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
         _one_of("plausibility_mode", self.plausibility_mode, ("keep", "drop"))
         _one_of("eos", self.eos, ("exempt", "prior"))
         _in_range("strength", self.strength, 0, 1)
@@ -468,8 +484,9 @@ class NGramStyleLogitsProcessor(Processor):
     def _tables(self) -> list[BiasTable]:
         priors = [self.prior] if self.background is None else [self.prior, self.background]
         return [
-            BiasTable(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos,
-                      self.strength)
+            BiasTable(
+                p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos, self.strength
+            )
             for p in priors
         ]
 

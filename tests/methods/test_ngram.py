@@ -8,7 +8,8 @@ import torch
 from ngram_reference import Reference
 
 import logitproc as lp
-from logitproc.methods.ngram import NGramStyleLogitsProcessor, repetition_penalty
+from logitproc.counting import NGramCounter
+from logitproc.methods.ngram import DEFAULTS, OFF, NGramStyleLogitsProcessor, repetition_penalty
 
 A, B, C = 0, 1, 2
 RULES = ("paper", "lift", "backoff", "ratio")
@@ -31,6 +32,8 @@ def prior(documents):
 
 
 def processor(prior, rule="backoff", **options):
+    """The bare formula of a rule, and the options that a test is about."""
+    options = OFF | {"strength": 0.3} | options
     if rule == "ratio":
         options.setdefault("background", lp.NGramPrior.from_ids(zipf_documents(9, 50), 3, 50))
     return NGramStyleLogitsProcessor(prior, rule=rule, **options)
@@ -68,7 +71,7 @@ def test_the_worked_bias_of_the_specification_and_its_odds():
     corpus += [[300 + i] for i in range(900)]
     total = sum(map(len, corpus))
     prior = lp.NGramPrior.from_ids(corpus, order=3, vocab_size=v)
-    bias = NGramStyleLogitsProcessor(prior, rule="paper", strength=1.0)
+    bias = processor(prior, rule="paper", strength=1.0)
     z = torch.zeros(1, v)
     change = (bias(torch.tensor([[100, 101]]), z) - z)[0]
     p1 = 1.001 / (total + 32)
@@ -82,7 +85,7 @@ def test_the_worked_bias_of_the_specification_and_its_odds():
 
 def test_lift_of_one_and_of_ten_occurrences():
     prior = lp.NGramPrior.from_ids([[5]] + [[6]] * 10, order=1, vocab_size=16)
-    change = NGramStyleLogitsProcessor(prior, rule="lift", strength=1.0, weights=(1.0,))(
+    change = processor(prior, rule="lift", strength=1.0, weights=(1.0,))(
         torch.tensor([[0]]), torch.zeros(1, 16)
     )[0]
     assert change[5].item() == pytest.approx(math.log(1001), abs=1e-5)
@@ -160,7 +163,7 @@ def test_every_rule_equals_the_dictionary_reference(rule, order):
     reference = Reference(documents, order, v)
     other = zipf_documents(2, 50)
     background = lp.NGramPrior.from_ids(other, order, v) if rule == "ratio" else None
-    bias = NGramStyleLogitsProcessor(prior, rule=rule, strength=0.7, background=background)
+    bias = processor(prior, rule=rule, strength=0.7, background=background)
     tokens, z = random_rows(order)
     tokens[0] = torch.tensor(documents[0][:7])  # a history that matches at every order
     change = (bias(tokens, z) - z).double()
@@ -192,7 +195,7 @@ def test_confidence_multiplies_the_term_of_its_context(documents, prior, rule, c
 def test_witten_bell_trusts_one_follower_seen_once_by_half():
     prior = lp.NGramPrior.from_ids([[1, 2]], order=2, vocab_size=8)
     trusted, plain = (
-        NGramStyleLogitsProcessor(prior, strength=1.0, confidence=c)(torch.tensor([[1]]), torch.zeros(1, 8))
+        processor(prior, strength=1.0, confidence=c)(torch.tensor([[1]]), torch.zeros(1, 8))
         for c in ("wb", "none")
     )
     torch.testing.assert_close(trusted, plain / 2)
@@ -209,7 +212,7 @@ def test_the_mixture_scores_text_with_the_orders_whose_context_was_seen(document
 def test_only_the_512_commonest_followers_count_ties_to_lower_ids():
     corpus = [[0, t] for t in range(1, 601)] + [[0, 600]]
     prior = lp.NGramPrior.from_ids(corpus, order=2, vocab_size=700)
-    bias = NGramStyleLogitsProcessor(prior, rule="lift", strength=1.0, weights=(0.0, 1.0))
+    bias = processor(prior, rule="lift", strength=1.0, weights=(0.0, 1.0))
     changed = (bias(torch.tensor([[0]]), torch.zeros(1, 700))[0] != 0).nonzero().flatten().tolist()
     assert changed == [*range(1, 512), 600]
 
@@ -359,9 +362,9 @@ def test_special_and_exempt_tokens_keep_their_scores(documents):
     prior = lp.NGramPrior.from_ids(documents, 3, 50, eos=49)
     tokens, z = random_rows()
     for rule in ("paper", "lift", "backoff"):
-        out = NGramStyleLogitsProcessor(prior, rule=rule, strength=1.0, exempt=(1, 2))(tokens, z)
+        out = processor(prior, rule=rule, strength=1.0, exempt=(1, 2))(tokens, z)
         assert torch.equal(out[:, [1, 2, 49]], z[:, [1, 2, 49]])
-        with_end = NGramStyleLogitsProcessor(prior, rule=rule, strength=1.0, eos="prior")(tokens, z)
+        with_end = processor(prior, rule=rule, strength=1.0, eos="prior")(tokens, z)
         assert (with_end[:, 49] != z[:, 49]).all()
 
 
@@ -376,7 +379,7 @@ def test_columns_beyond_the_vocabulary_are_left_alone(prior):
 
 def test_padding_and_special_ids_never_match(documents):
     prior = lp.NGramPrior.from_ids(documents, 3, 50, eos=49)
-    bias = NGramStyleLogitsProcessor(prior, rule="lift", strength=1.0)
+    bias = processor(prior, rule="lift", strength=1.0)
     history, z = documents[0][:2], torch.zeros(1, 50)
     alone = bias(torch.tensor([history[1:]]), z)
     for stranger in (-1, 49, 5000):
@@ -389,11 +392,13 @@ def test_the_start_of_a_text_is_a_context_only_when_asked():
     prior.tokenizer["bos"] = 7
     prior.tokenizer["special"] = [0, 7]
     z = torch.zeros(1, 8)
-    asked = NGramStyleLogitsProcessor(prior, strength=1.0, bos=True)
-    plain = NGramStyleLogitsProcessor(prior, strength=1.0)
+    asked = processor(prior, strength=1.0, bos=True)
+    plain = processor(prior, strength=1.0)
     start = asked(torch.tensor([[7]]), z)
     assert torch.equal(start, asked(torch.empty(1, 0, dtype=torch.int64), z))  # invented
-    assert start[0, 1] - start[0, 2] > plain(torch.tensor([[7]]), z)[0, 1] - plain(torch.tensor([[7]]), z)[0, 2]
+    assert (
+        start[0, 1] - start[0, 2] > plain(torch.tensor([[7]]), z)[0, 1] - plain(torch.tensor([[7]]), z)[0, 2]
+    )
 
 
 def test_the_guard_penalises_what_would_continue_the_loop_and_nothing_else():
@@ -408,7 +413,9 @@ def test_the_guard_grows_by_its_base_up_to_its_cap():
         run = list(range(1, length + 1))
         tokens = torch.tensor([[*run, 9, *run]])
         assert repetition_penalty(tokens, 12, 0.8, 1.75, 2, 100.0)[0, 9].item() == pytest.approx(expected)
-        assert repetition_penalty(tokens, 12, 0.8, 1.75, 2, 2.0)[0, 9].item() == pytest.approx(min(expected, 2))
+        assert repetition_penalty(tokens, 12, 0.8, 1.75, 2, 2.0)[0, 9].item() == pytest.approx(
+            min(expected, 2)
+        )
 
 
 def test_the_guard_reads_generated_tokens_only(prior):
@@ -489,7 +496,86 @@ def test_a_parameter_outside_its_range_is_refused(prior, options, message):
         NGramStyleLogitsProcessor(prior, **options)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_left_out_is_what_the_study_chose_for_the_rule(prior, rule):
+    background = prior if rule == "ratio" else None
+    made = NGramStyleLogitsProcessor(prior, rule=rule, background=background)
+    assert {key: getattr(made, key) for key in DEFAULTS[rule]} == DEFAULTS[rule]
+    given = NGramStyleLogitsProcessor(prior, rule=rule, background=background, strength=0.0, guard=0.5)
+    assert (given.strength, given.guard) == (0.0, 0.5)
+    assert all(DEFAULTS["paper"][key] == off for key, off in OFF.items())  # the printed rule stays as printed
+
+
 @pytest.mark.parametrize("order", [0, 9, 2.5, "3"])
 def test_an_order_that_is_no_order_is_refused(order):
     with pytest.raises(ValueError, match="order must be a whole number from 1 to 5"):
         lp.NGramPrior.from_ids([[1, 2]], order, 8)
+
+
+# --- fitting files ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from conftest import tiny_tokenizer
+
+    return tiny_tokenizer(97)
+
+
+def test_an_interrupted_fit_resumes_and_gives_the_same_bytes(tokenizer, tmp_path, monkeypatch):
+    corpus = tmp_path / "corpus.txt"
+    words = [t for t in tokenizer.get_vocab() if t.startswith("w")]
+    rng = np.random.default_rng(0)
+    corpus.write_text("\n".join(" ".join(rng.choice(words, 20)) for _ in range(2000)))
+    lp.NGramPrior.fit(corpus, tokenizer, out=tmp_path / "whole", sample_by="line")
+
+    real, calls = NGramCounter.add, []
+
+    def interrupted(self, documents):
+        real(self, documents)
+        self._spill()
+        calls.append(len(documents))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(NGramCounter, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lp.NGramPrior.fit(corpus, tokenizer, out=tmp_path / "resumed", sample_by="line")
+    assert not (tmp_path / "resumed").exists() and (tmp_path / "resumed.partial").is_dir()
+    with pytest.raises(ValueError, match="another corpus"):
+        lp.NGramPrior.fit(["other text"], tokenizer, out=tmp_path / "resumed")
+    lp.NGramPrior.fit(corpus, tokenizer, out=tmp_path / "resumed", sample_by="line")
+    assert sum(calls) == 2000  # nothing was counted twice
+    names = ["artifact.json", "artifact.safetensors"]
+    assert [(tmp_path / "whole" / n).read_bytes() for n in names] == [
+        (tmp_path / "resumed" / n).read_bytes() for n in names
+    ]
+    assert not (tmp_path / "resumed.partial").exists()
+
+
+def test_a_full_disk_during_a_fit_leaves_no_prior_and_what_was_counted(tokenizer, tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(NGramCounter, "finish", full)
+    with pytest.raises(OSError, match="No space left"):
+        lp.NGramPrior.fit(["some text"], tokenizer, out=tmp_path / "prior")
+    assert not (tmp_path / "prior").exists() and (tmp_path / "prior.partial").is_dir()
+
+
+def test_bad_input_leaves_nothing_behind(tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for corpus in (tmp_path / "empty.txt", tmp_path / "missing.txt", []):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            lp.NGramPrior.fit(corpus, tokenizer, out=tmp_path / "prior")
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_prior_of_another_tokenizer_is_refused(tokenizer):
+    from conftest import tiny_tokenizer
+
+    prior = lp.NGramPrior.fit(["some text"], tokenizer)
+    chain = lp.Chain([NGramStyleLogitsProcessor(prior)])
+    chain.check(tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="was fitted for the tokenizer"):
+        chain.check(tokenizer=tiny_tokenizer(98))

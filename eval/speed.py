@@ -1,0 +1,219 @@
+"""What a method costs: every figure beside its baseline, both measured in turns in the same run.
+
+    python eval/speed.py                                    steps, chains, generation, scoring
+    python eval/speed.py --fit corpus.txt                   counting a corpus, too
+    python eval/speed.py --json speed.json
+
+Ratios are what to read; microseconds belong to this machine on this day. Scores are random normal numbers, in
+buffers that rotate so that caches do not flatter; the prior is the bundled `quixote` (real counts), its ids
+spread over the vocabulary. Each row is the median of many rounds, with the quartiles of the ratio.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Call = Callable[[int], Any]  # takes the number of the round, to pick a buffer
+
+# (what, against what, vocabulary, batch) -> the ratio that the project holds itself to
+BOUNDS = {
+    ("ngram paper", "RepetitionPenalty", 32_000, 1): 3.0,
+    ("ngram lift", "RepetitionPenalty", 32_000, 1): 3.0,
+    ("ngram paper", "scores.clone()", 151_936, 8): 1.5,
+    ("ngram lift", "scores.clone()", 151_936, 8): 1.5,
+    ("ngram backoff", "log_softmax", 32_000, 1): 3.0,
+    ("ngram backoff", "log_softmax", 151_936, 8): 3.0,
+    ("Chain of 5 no-ops", "list of 1 no-op", 32_000, 1): 1.0,
+}
+
+
+def compare(ours: Call, theirs: Call, rounds: int = 200, calls: int = 5) -> dict[str, float]:
+    """Median microseconds a call of both, and the quartiles of their ratio round by round."""
+    times: list[list[float]] = [[], []]
+    for i in range(rounds + 10):
+        for which, call in enumerate((ours, theirs)):
+            start = time.perf_counter()
+            for j in range(calls):
+                call(i * calls + j)
+            times[which].append((time.perf_counter() - start) / calls * 1e6)
+    import numpy as np
+
+    a, b = np.array(times)[:, 10:]
+    low, middle, high = np.percentile(a / b, [25, 50, 75])
+    return {"us": float(np.median(a)), "baseline_us": float(np.median(b)), "ratio": float(middle),
+            "ratio_25": float(low), "ratio_75": float(high)}  # fmt: skip
+
+
+def spread_prior(vocabulary: int) -> Any:
+    """The bundled prior with its ids spread over a larger vocabulary, order kept."""
+    import numpy as np
+
+    from logitproc import NGramPrior
+    from logitproc.prior import Order
+
+    prior = NGramPrior.load("quixote")
+    rng = np.random.default_rng(0)
+    new = np.sort(rng.choice(vocabulary, prior.vocab_size, replace=False))
+    new = np.append(new, vocabulary)  # the start of a document
+    orders = []
+    for o in prior.orders:
+        oldest = new[o.oldest] if orders else o.oldest
+        keys = o.parent * (vocabulary + 2) + oldest if orders else o.keys
+        orders.append(Order(keys, o.parent, oldest, o.indptr, new[o.ids]))
+    about = prior.tokenizer | {"vocab_size": vocabulary, "special": [], "bos": None,
+                               "eos": int(new[prior.tokenizer["eos"]])}  # fmt: skip
+    return NGramPrior(about, orders, prior.counts, documents=prior.documents, tokens=prior.tokens)
+
+
+def steps(length: int = 256, buffers: int = 8) -> list[dict]:
+    """One step of each rule, and of chains, beside transformers' own work on the same tensors."""
+    import torch
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    from logitproc import Chain, NGramStyleLogitsProcessor, Processor
+    from logitproc.methods.ngram import OFF
+
+    class NoOp(Processor):
+        def step(self, tokens, scores):
+            return scores
+
+    rows = []
+    for vocabulary, batch in ((32_000, 1), (32_000, 8), (151_936, 1), (151_936, 8)):
+        prior = spread_prior(vocabulary)
+        generator = torch.Generator().manual_seed(0)
+        scores = [3 * torch.randn(batch, vocabulary, generator=generator) for _ in range(buffers)]
+        # Histories are real text: the contexts of the prior itself, so that all orders match.
+        o = prior.orders[2]
+        newest = o.keys[o.parent] * 0 + prior.orders[1].oldest[o.parent]
+        pick = torch.randint(0, len(o.keys), (buffers, batch, length // 2), generator=generator).numpy()
+        ids = [
+            torch.stack([torch.from_numpy(o.oldest[p]), torch.from_numpy(newest[p])], -1).flatten(1)
+            for p in pick
+        ]
+        ids = [x.clamp(max=vocabulary - 1) for x in ids]
+        z = lambda i, s=scores: s[i % buffers]
+        t = lambda i, s=ids: s[i % buffers]
+        penalty = RepetitionPenaltyLogitsProcessor(1.1)
+        baselines: dict[str, Call] = {
+            "RepetitionPenalty": lambda i, z=z, t=t, p=penalty: p(t(i), z(i)),
+            "scores.clone()": lambda i, z=z: z(i).clone(),
+            "log_softmax": lambda i, z=z: z(i).log_softmax(-1),
+        }
+        for label, options in (("ngram paper", {"rule": "paper"}), ("ngram lift", {"rule": "lift"}),
+                               ("ngram backoff", {"rule": "backoff", **OFF}), ("ngram default", {})):  # fmt: skip
+            chain = Chain([NGramStyleLogitsProcessor(prior, **options)])
+            for name, baseline in baselines.items():
+                result = compare(lambda i, c=chain, z=z, t=t: c(t(i), z(i)), baseline)
+                rows.append(
+                    {"what": label, "against": name, "vocabulary": vocabulary, "batch": batch} | result
+                )
+        five = Chain([NoOp() for _ in range(5)])
+        for count in (1, 5):
+            plain = LogitsProcessorList([NoOp() for _ in range(count)])
+            result = compare(lambda i, z=z, t=t, p=five: p(t(i), z(i)), lambda i, z=z, t=t, p=plain: p(t(i), z(i)))
+            name = "list of 1 no-op" if count == 1 else "list of 5 no-ops"
+            rows.append({"what": "Chain of 5 no-ops", "against": name, "vocabulary": vocabulary,
+                         "batch": batch} | result)  # fmt: skip
+    return rows
+
+
+def whole_jobs(device: str) -> list[dict]:
+    """Scoring and generation with the bundled model, through the default chain, beside the bare model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import logitproc as lp
+    from logitproc.scoring import score_tokens
+
+    model = AutoModelForCausalLM.from_pretrained(lp.pocket("base"), dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, tokenizer.vocab_size, (4, 8, 513), generator=generator)
+    prompt = tokenizer(["The road was long"] * 8, return_tensors="pt").to(device)
+    for rule in ("lift", "backoff"):
+        chain = lp.Chain.from_spec([{"name": "ngram", "prior": "quixote", "rule": rule}])
+
+        def bare(i: int) -> None:
+            with torch.no_grad():
+                model(input_ids=ids[i % 4, :, :-1].to(device), use_cache=False)
+
+        def scored(i: int, chain: Any = chain) -> None:
+            score_tokens(model, chain, ids[i % 4].to(device), divergence=False)
+
+        def generated(i: int, chain: Any) -> None:
+            torch.manual_seed(i)
+            lp.generate(model, chain, **prompt, do_sample=True, top_k=0, min_new_tokens=64, max_new_tokens=64)
+
+        tokens = {"vocabulary": tokenizer.vocab_size, "batch": 8}
+        result = compare(scored, bare, rounds=8, calls=1)
+        rows.append({"what": f"perplexity through ngram {rule}", "against": "bare forward"} | tokens | result)
+        result = compare(lambda i, c=chain: generated(i, c), lambda i: generated(i, lp.Chain()), 6, 1)
+        rows.append({"what": f"generate with ngram {rule}", "against": "generate"} | tokens | result)
+    return rows
+
+
+def fit(corpus: Path) -> dict[str, float]:
+    """Count a corpus at order 3 with the bundled tokenizer: seconds, tokens a second, peak memory."""
+    from transformers import AutoTokenizer
+
+    import logitproc as lp
+
+    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    prior = lp.NGramPrior.fit(corpus, tokenizer, order=3, sample_by="line")
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"megabytes": corpus.stat().st_size / 1e6, "tokens": prior.tokens, "seconds": seconds,
+            "tokens_per_second": prior.tokens / seconds, "peak_gigabytes": peak / 1e6,
+            "peak_gigabytes_before": before / 1e6}  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    head = f"{'':32} {'against':20} {'V':>8} {'batch':>5} {'us':>10} {'ratio':>7}  quartiles     bound"
+    lines = [head]
+    for r in rows:
+        bound = BOUNDS.get((r["what"], r["against"], r["vocabulary"], r["batch"]))
+        verdict = "" if bound is None else f"{bound:g} {'ok' if r['ratio'] <= bound else 'MISSED'}"
+        lines.append(
+            f"{r['what']:32} {r['against']:20} {r['vocabulary']:>8} {r['batch']:>5} {r['us']:>10.1f} "
+            f"{r['ratio']:>7.2f}  {r['ratio_25']:.2f}-{r['ratio_75']:.2f}     {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--fit", type=Path, metavar="CORPUS", help="a text file, one document a line")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    import torch
+
+    from logitproc.artifact import write_text
+
+    document: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "device": args.device, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if args.fit:  # first, so that the peak of memory is its own
+        document["fit"] = fit(args.fit)
+        print("fit: " + ", ".join(f"{k} {v:,.2f}" for k, v in document["fit"].items()))
+    with torch.inference_mode():
+        document["rows"] = steps() + whole_jobs(args.device)
+    print(table(document["rows"]))
+    if args.json:
+        write_text(args.json, json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

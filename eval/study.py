@@ -1,0 +1,328 @@
+"""The study of `ngram`: three styles, every rule, the paper's grid of strengths, controls, intervals.
+
+    python examples/train_pocket.py styles --data DATA --out runs/pocket
+    python eval/study.py choose --styles runs/pocket/styles --out runs/study
+    python eval/study.py report --styles runs/pocket/styles --out runs/study
+
+`choose` generates at a few strengths for every arm and one seed from the prompts on odd lines, and ranks the
+arms by the rule below. `report` takes the prompts on even lines and three seeds: the whole grid, sampled and
+greedy, for the printed rule and the default, a few strengths for their rivals. Both resume. `--model` takes any
+causal LM.
+
+Fixed before the first run (specification of the method, section 6). A setting is admissible on a corpus if,
+against unsteered text of the same prompts and seeds, sampled at temperature 1 and top-p .9,
+  - held-out style nats are lower (upper end of the 95 % interval of the difference below 0),
+  - base nats are higher by at most BASE_MARGIN,
+  - rep-4 is higher by at most REP_MARGIN (upper end of the interval),
+  - it lies below the curve (base nats, held-out nats) of unsteered text at temperatures .7 to 1 (upper end).
+A setting collapses if geometric base perplexity is above 3 times that of unsteered sampled text, rep-4 is
+more than .10 above unsteered, or held-out style nats are above unsteered (lower end of the interval).
+The default is the arm that is admissible on most corpora at one strength and collapses nowhere on [0, 1],
+and of those the one with the largest mean gain in held-out style.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sweep import COLORS, Bench, Cell, run_cell
+
+from logitproc import cli, metrics
+from logitproc.artifact import write_text
+from logitproc.methods.ngram import OFF
+
+CORPORA = ("quixote", "headlines", "arxiv")
+GRID = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.00)
+COARSE = (0.1, 0.2, 0.3, 0.5, 1.0)
+TEMPERATURES = (0.7, 0.8, 0.9)
+SEEDS = (0, 1, 2)
+SAMPLE = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
+GREEDY = {"do_sample": False}
+BASE_MARGIN, REP_MARGIN, COLLAPSE_FACTOR, COLLAPSE_REP = 0.10, 0.02, 3.0, 0.10
+
+# name -> (order of the prior, parameters; options not named are off); "model" and "neutral" stand for the
+# background priors.
+ARMS: dict[str, tuple[int, dict[str, Any]]] = {
+    "paper": (3, {"rule": "paper"}),
+    "lift": (3, {"rule": "lift"}),
+    "lift wb": (3, {"rule": "lift", "confidence": "wb"}),
+    "backoff": (3, {"rule": "backoff"}),
+    "backoff wb": (3, {"rule": "backoff", "confidence": "wb"}),
+    "backoff wb guard": (3, {"rule": "backoff", "confidence": "wb", "guard": 0.8}),
+    "backoff wb guard2": (3, {"rule": "backoff", "confidence": "wb", "guard": 2.0}),
+    "backoff wb keep.01 guard2": (
+        3,
+        {"rule": "backoff", "confidence": "wb", "guard": 2.0, "plausibility": 0.01},
+    ),
+    "backoff keep.05": (3, {"rule": "backoff", "plausibility": 0.05}),
+    "backoff keep.01": (3, {"rule": "backoff", "plausibility": 0.01}),
+    "backoff guard": (3, {"rule": "backoff", "guard": 0.8}),
+    "backoff N=5": (5, {"rule": "backoff"}),
+    "ratio model": (3, {"rule": "ratio", "background": "model"}),
+    "ratio neutral": (3, {"rule": "ratio", "background": "neutral"}),
+    "ratio model keep.05": (3, {"rule": "ratio", "background": "model", "plausibility": 0.05}),
+    "guard alone": (3, {"rule": "backoff", "strength": 0.0, "guard": 0.8}),
+}
+DEFAULT = "backoff wb keep.01 guard2"  # what `choose` chose
+RIVALS = ["backoff wb", "lift wb"]
+
+
+class Study:
+    """One model on the three corpora; priors and cells live in OUT/MODEL."""
+
+    def __init__(self, name: str, styles: Path, out: Path, prompts: list[str]):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = cli.find_model(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        self.styles, self.out, self.prompts = styles, out / Path(name).name, prompts
+        self.benches = {corpus: self._bench(corpus) for corpus in CORPORA}
+
+    def _bench(self, corpus: str) -> Bench:
+        from logitproc import NGramPrior
+
+        style, held_out = self.prior(corpus, "train", 3), self.prior(corpus, "held-out", 3)
+        return Bench(self.model, self.tokenizer, self.prompts, NGramPrior.load(style),
+                     NGramPrior.load(held_out), batch_size=len(self.prompts))  # fmt: skip
+
+    def prior(self, corpus: str, part: str, order: int) -> str:
+        """The folder of a fitted prior; "model" is fitted on the model's own samples."""
+        from logitproc import NGramPrior
+
+        folder = self.out / "priors" / f"{corpus}-{part}-{order}"
+        if not folder.exists():
+            text: Any = self._samples() if corpus == "model" else self.styles / corpus / f"{part}.jsonl"
+            NGramPrior.fit(text, self.tokenizer, order=order, out=folder)
+        return str(folder)
+
+    def _samples(self, texts: int = 1536, length: int = 128, batch: int = 128) -> Iterable[str]:
+        """Text of the model at temperature 1 from nothing but the beginning of a text, never greedy."""
+        import torch
+
+        torch.manual_seed(0)
+        start = torch.full((batch, 1), self.tokenizer.bos_token_id)
+        for _ in range(texts // batch):
+            out = self.model.generate(start, do_sample=True, top_k=0, max_new_tokens=length,
+                                      pad_token_id=self.tokenizer.eos_token_id)  # fmt: skip
+            yield from self.tokenizer.batch_decode(out, skip_special_tokens=True)
+
+    def cell(self, corpus: str, arm: str, strength: float, decoding: dict, seed: int) -> list[dict]:
+        """The rows of one cell; arm "unsteered" has no chain."""
+        if arm == "unsteered":
+            cell = Cell(arm, None, decoding, seed)
+        else:
+            order, parameters = ARMS[arm]
+            spec = {"name": "ngram", "prior": self.prior(corpus, "train", order), "strength": strength}
+            spec |= OFF | parameters
+            if "background" in spec:
+                spec["background"] = self.prior(spec["background"], "train", order)
+            cell = Cell(f"{corpus} {arm} {strength:g}", [spec], decoding, seed)
+        return run_cell(self.benches[corpus], cell, self.out / corpus)
+
+    def table(self, corpus: str, arm: str, strength: float, decoding: dict, seeds: Iterable[int]) -> "Cells":
+        rows = [row for seed in seeds for row in self.cell(corpus, arm, strength, decoding, seed)]
+        return Cells(rows)
+
+
+class Cells:
+    """Rows of one setting; figures per prompt, seeds averaged inside a prompt."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def per_prompt(self, measure: str) -> np.ndarray:
+        values: dict[int, list[float]] = {}
+        for row in self.rows:
+            values.setdefault(row["line"], []).append(row[measure])
+        return np.array([np.mean(values[line]) for line in sorted(values)])
+
+
+def judge(setting: Cells, plain: Cells, controls: list[Cells]) -> dict[str, Any]:
+    """Differences to unsteered text, distance to the temperature curve, and the verdicts of the rule above."""
+    names = ("base_nll", "held_out_nll", "style_nll", "style_kn_nll", "rep_4", "js", "overlap",
+             "bigram_seen", "distinct_2")  # fmt: skip
+    mean = {n: metrics.bootstrap(setting.per_prompt(n))._asdict() for n in names}
+    difference = {
+        n: metrics.paired_bootstrap(setting.per_prompt(n), plain.per_prompt(n))._asdict() for n in names
+    }
+    above = curve_distance(setting, [plain, *controls])
+    perplexity = math.exp(mean["base_nll"]["mean"])
+    plain_perplexity = math.exp(plain.per_prompt("base_nll").mean())
+    return {
+        "mean": mean, "difference": difference, "above_control_curve": above,
+        "admissible": difference["held_out_nll"]["high"] < 0
+        and difference["base_nll"]["mean"] <= BASE_MARGIN
+        and difference["rep_4"]["high"] <= REP_MARGIN
+        and above["high"] < 0,
+        "collapse": perplexity > COLLAPSE_FACTOR * plain_perplexity
+        or difference["rep_4"]["mean"] > COLLAPSE_REP
+        or difference["held_out_nll"]["low"] > 0,
+    }  # fmt: skip
+
+
+def curve_distance(setting: Cells, controls: list[Cells], draws: int = 2000) -> dict[str, float]:
+    """Held-out nats above the controls' curve at the same base nats: mean and 95 % interval over prompts.
+
+    The curve joins the temperatures; outside its ends it goes on flat, which favours the control where
+    the setting has more base nats than it.
+    """
+    base = np.stack([c.per_prompt("base_nll") for c in [setting, *controls]])
+    held_out = np.stack([c.per_prompt("held_out_nll") for c in [setting, *controls]])
+    rng, prompts = np.random.default_rng(0), base.shape[1]
+
+    def distance(chosen: np.ndarray) -> float:
+        x, y = base[:, chosen].mean(1), held_out[:, chosen].mean(1)
+        order = np.argsort(x[1:])
+        return float(y[0] - np.interp(x[0], x[1:][order], y[1:][order]))
+
+    samples = [distance(rng.integers(0, prompts, prompts)) for _ in range(draws)]
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return {"mean": distance(np.arange(prompts)), "low": float(low), "high": float(high)}
+
+
+def run(study: Study, arms: list[str], grid: tuple[float, ...], seeds: tuple[int, ...]) -> dict:
+    """Judgements of every arm, strength and corpus: {corpus: {arm: {strength: judgement}}}."""
+    result: dict[str, dict] = {}
+    for corpus in CORPORA:
+        plain = study.table(corpus, "unsteered", 0.0, SAMPLE, seeds)
+        controls = [
+            study.table(corpus, "unsteered", 0.0, SAMPLE | {"temperature": t}, seeds) for t in TEMPERATURES
+        ]
+        result[corpus] = {"unsteered": {"1": judge(plain, plain, controls)}}
+        for t, control in zip(TEMPERATURES, controls, strict=True):
+            result[corpus]["unsteered"][f"{t:g}"] = judge(control, plain, controls)
+        for arm in arms:
+            result[corpus][arm] = {}
+            strengths = (0.0,) if "strength" in ARMS[arm][1] else grid
+            for strength in strengths:
+                cells = study.table(corpus, arm, strength, SAMPLE, seeds)
+                result[corpus][arm][f"{strength:g}"] = judge(cells, plain, controls)
+            print(line(corpus, arm, result[corpus][arm]), file=sys.stderr, flush=True)
+    return result
+
+
+def run_greedy(study: Study, arms: list[str], grid: tuple[float, ...]) -> dict:
+    """The same without sampling; base nats are compared with unsteered *sampled* text, see section 6."""
+    result: dict[str, dict] = {}
+    for corpus in CORPORA:
+        plain = study.table(corpus, "unsteered", 0.0, GREEDY, (0,))
+        sampled = study.table(corpus, "unsteered", 0.0, SAMPLE, SEEDS)
+        result[corpus] = {"unsteered": {"0": judge(plain, plain, [sampled])}}
+        for arm in arms:
+            result[corpus][arm] = {
+                f"{s:g}": judge(study.table(corpus, arm, s, GREEDY, (0,)), plain, [sampled]) for s in grid
+            }
+            print(line(corpus, arm, result[corpus][arm]), file=sys.stderr, flush=True)
+    return result
+
+
+def line(corpus: str, arm: str, by_strength: dict[str, dict]) -> str:
+    cells = (
+        f"{s}: {j['mean']['base_nll']['mean']:.2f}/{j['mean']['held_out_nll']['mean']:.2f}"
+        f"{'*' if j['admissible'] else ''}{'!' if j['collapse'] else ''}"
+        for s, j in by_strength.items()
+    )
+    return f"{corpus:9} {arm:22} base/held-out nats  {'  '.join(cells)}"
+
+
+def ranking(result: dict) -> list[tuple[str, str, int, int, float]]:
+    """(arm, strength, corpora where admissible, collapses of the arm, mean held-out gain), best first."""
+    rows = []
+    for arm in next(iter(result.values())):
+        if arm == "unsteered":
+            continue
+        collapses = sum(j["collapse"] for c in CORPORA for j in result[c][arm].values())
+        for strength in result[CORPORA[0]][arm]:
+            cells = [result[c][arm][strength] for c in CORPORA]
+            gain = -float(np.mean([j["difference"]["held_out_nll"]["mean"] for j in cells]))
+            rows.append((arm, strength, sum(j["admissible"] for j in cells), collapses, gain))
+    return sorted(rows, key=lambda r: (r[3] == 0, r[2], r[4]), reverse=True)
+
+
+def markdown(result: dict) -> str:
+    """One table a corpus: base and held-out nats, their differences, rep-4, overlap, bigram seen, JS."""
+    out = []
+    for corpus in CORPORA:
+        out += [f"\n**{corpus}**\n", "| arm | strength | base nats | held-out nats | Δ base | Δ held-out | "
+                "above control curve | Δ rep-4 | JS bits | overlap | bigram seen | |", "|---" * 12 + "|"]  # fmt: skip
+        for arm, cells in result[corpus].items():
+            for strength, j in cells.items():
+                m, d, a = j["mean"], j["difference"], j["above_control_curve"]
+                mark = "collapse" if j["collapse"] else "admissible" if j["admissible"] else ""
+                label = f"T = {strength}" if arm == "unsteered" else strength
+                out.append(
+                    f"| {arm} | {label} | {m['base_nll']['mean']:.2f} | {m['held_out_nll']['mean']:.2f} "
+                    f"| {interval(d['base_nll'])} | {interval(d['held_out_nll'])} | {interval(a)} "
+                    f"| {interval(d['rep_4'], 3)} | {m['js']['mean']:.4f} | {m['overlap']['mean']:.3f} "
+                    f"| {m['bigram_seen']['mean']:.3f} | {mark} |"
+                )
+    return "\n".join(out)
+
+
+def interval(x: dict[str, float], digits: int = 2) -> str:
+    return f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
+
+
+def plot(result: dict, path: Path) -> None:
+    """One panel a corpus: base against held-out style nats, a line for each arm, controls in grey."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5.4), dpi=120, layout="constrained")
+    for axis, corpus in zip(figure.subplots(1, len(CORPORA)), CORPORA, strict=True):
+        for number, (arm, cells) in enumerate(result[corpus].items()):
+            points = [
+                (j["mean"]["base_nll"]["mean"], j["mean"]["held_out_nll"]["mean"]) for j in cells.values()
+            ]
+            plain = arm == "unsteered"
+            color, label = ("0.5", "unsteered, T = .7 to 1") if plain else (COLORS[number % 8], arm)
+            style = "-" if plain or number <= 8 else "--"
+            axis.plot(*zip(*sorted(points) if plain else points, strict=True), style, color=color,
+                      marker="*" if plain else "o", ms=9 if plain else 4, lw=1.5, label=label)  # fmt: skip
+            if not plain:
+                for end in {0, len(points) - 1}:
+                    axis.annotate(list(cells)[end], points[end], (4, 4), textcoords="offset points",
+                                  fontsize=8, color=color)  # fmt: skip
+        axis.set(title=corpus, xlabel="base loss (nats per token): less is likelier to the model")
+        axis.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("held-out style loss (nats per token): less is closer")
+    figure.axes[-1].legend(fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("choose", "report"))
+    parser.add_argument("--model", default="base")
+    parser.add_argument("--styles", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="default: all, or the candidates")
+    args = parser.parse_args()
+    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = prompts[0::2] if args.stage == "choose" else prompts[1::2]
+    study = Study(args.model, args.styles, args.out, prompts)
+    if args.stage == "choose":
+        arms = args.arms or list(ARMS)
+        document = {"sample": run(study, arms, COARSE, SEEDS[:1])}
+        for arm, strength, corpora, collapses, gain in ranking(document["sample"])[:20]:
+            print(f"{arm:24} {strength:>4}  admissible on {corpora}, {collapses} collapses, gain {gain:.2f}")
+    else:
+        arms = args.arms or ["paper", DEFAULT]
+        document = {
+            "sample": run(study, arms, GRID, SEEDS),
+            "rivals": run(study, RIVALS, COARSE, SEEDS),
+            "greedy": run_greedy(study, arms, GRID),
+        }
+        for part, judged in document.items():
+            print(f"\n### {part}\n{markdown(judged)}")
+    write_text(study.out / f"{args.stage}.json", json.dumps(document, indent=1))
+    plot(document["sample"], study.out / f"{args.stage}.png")

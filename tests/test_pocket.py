@@ -1,0 +1,65 @@
+"""The bundled models: they load offline, fit together, and read as English."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import logitproc as lp
+from logitproc.bundled import bundled
+from logitproc.scoring import score_corpus
+
+# Written for this test, so in nobody's training text.
+PLAIN = "The children ran down to the river, and their mother called after them from the door of the house."
+MODELS = ("base", "mini")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request):
+    folder = lp.pocket(request.param)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
+def test_a_model_finds_english_likelier_than_its_words_in_disorder(pair):
+    model, tokenizer = pair
+    score = lambda text: score_corpus(model, tokenizer, lp.Chain(), [text], context=128, stride=64)
+    shuffled = " ".join(sorted(PLAIN.split()))
+    assert score(PLAIN).mean["base_nll"] < score(shuffled).mean["base_nll"] - 0.5
+    assert score(PLAIN).perplexity() < 400  # 8192 would be a guess
+
+
+def test_the_tokenizer_restores_any_text(pair):
+    _, tokenizer = pair
+    for text in (PLAIN, "naïve café — “quoted”\nnext line", "1234 + 5 = 1239", "日本語 and emoji 🙂"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+def test_the_priors_belong_to_the_models(pair):
+    model, tokenizer = pair
+    for name in ("quixote", "quixote-held-out"):
+        prior = lp.NGramPrior.load(name)
+        prior.check_tokenizer(tokenizer)
+        assert prior.vocab_size == model.config.vocab_size
+
+
+def test_the_quixote_prior_knows_its_hero():
+    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
+    don, quixote = (tokenizer(w, add_special_tokens=False)["input_ids"] for w in ("Don", "Don Quixote"))
+    for name in ("quixote", "quixote-held-out"):
+        prior = lp.NGramPrior.load(name)
+        assert prior.log_prob(quixote[len(don) :], don).mean() > -1.0
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(LookupError, match="Did you mean 'base'"):
+        lp.pocket("bas")
+
+
+def test_the_family_leaves_room_for_its_other_members():
+    size = sum(f.stat().st_size for f in Path(bundled()["base"]).parent.rglob("*") if f.is_file())
+    others = 3 * sum(f.stat().st_size for f in bundled()["mini"].iterdir())  # mini-expert, two preferences
+    assert size + others <= 32 * 2**20

@@ -1,0 +1,73 @@
+"""The verdicts of `eval/study.py` and the prior of `eval/speed.py`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+import speed  # noqa: E402
+import study  # noqa: E402
+
+
+def cells(base, held_out, rep=0.0, prompts=20):
+    """Rows of 20 prompts, two seeds each, that scatter a little around the given means."""
+    rng = np.random.default_rng(0)
+    other = dict.fromkeys(("style_nll", "style_kn_nll", "js", "overlap", "bigram_seen", "distinct_2"), 0.1)
+    return study.Cells([
+        {"line": line, "base_nll": base + 0.05 * rng.normal(), "held_out_nll": held_out + 0.05 * rng.normal(),
+         "rep_4": rep, **other}
+        for line in range(1, prompts + 1) for _ in range(2)
+    ])  # fmt: skip
+
+
+PLAIN, CONTROLS = cells(4.4, 7.5), [cells(4.0, 7.2), cells(3.6, 6.8), cells(3.2, 6.4)]
+
+
+@pytest.mark.parametrize(
+    "setting, admissible, collapse",
+    [
+        (cells(4.2, 6.0), True, False),  # closer, likelier, below the curve
+        (cells(4.2, 7.45), False, False),  # hardly closer, and above the curve
+        (cells(4.6, 6.0), False, False),  # costs more than .10 nats of fluency
+        (cells(4.2, 6.0, rep=0.05), False, False),  # repeats
+        (cells(4.2, 6.0, rep=0.2), False, True),  # loops
+        (cells(4.4 + np.log(3.2), 6.0), False, True),  # three times the perplexity
+        (cells(4.2, 8.0), False, True),  # away from the style
+        (cells(3.6, 6.8), False, False),  # what a lower temperature does as well
+    ],
+)
+def test_a_setting_is_judged_by_the_rule_fixed_before_the_run(setting, admissible, collapse):
+    verdict = study.judge(setting, PLAIN, CONTROLS)
+    assert (verdict["admissible"], verdict["collapse"]) == (admissible, collapse)
+
+
+def test_seeds_are_averaged_inside_a_prompt():
+    rows = [{"line": 1, "x": 1.0}, {"line": 2, "x": 5.0}, {"line": 1, "x": 3.0}, {"line": 2, "x": 7.0}]
+    assert study.Cells(rows).per_prompt("x").tolist() == [2.0, 6.0]
+
+
+def test_the_control_curve_is_interpolated_between_temperatures():
+    # Between (4.0, 7.2) and (3.6, 6.8) the curve passes (3.8, 7.0); the setting lies 1.0 below.
+    distance = study.curve_distance(cells(3.8, 6.0), [PLAIN, *CONTROLS])
+    assert distance["mean"] == pytest.approx(-1.0, abs=0.05)
+    assert distance["low"] < distance["mean"] < distance["high"]
+
+
+def test_a_prior_spread_over_a_larger_vocabulary_keeps_its_probabilities():
+    from logitproc import NGramPrior
+
+    small, large = NGramPrior.load("quixote"), speed.spread_prior(32_000)
+    new = np.sort(np.random.default_rng(0).choice(32_000, small.vocab_size, replace=False))
+    text = small.orders[0].ids[100:140]
+    # Only the uniform share of unseen mass differs: 1/31,999 for 1/8,191.
+    np.testing.assert_allclose(large.log_prob(new[text]), small.log_prob(text), atol=0.5)
+    for ours, theirs in zip(small.counts, large.counts, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_ratios_compare_calls_in_turns():
+    calls = []
+    result = speed.compare(lambda i: calls.append("a"), lambda i: calls.append("b"), rounds=3, calls=2)
+    assert "".join(calls[:8]) == "aabbaabb" and result["us"] > 0
