@@ -69,7 +69,7 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {
     "guard alone": (3, {"rule": "backoff", "strength": 0.0, "guard": 0.8}),
 }
 DEFAULT = "backoff wb keep.01 guard2"  # what `choose` chose
-RIVALS = ["backoff wb", "lift wb"]
+RIVALS = ["backoff wb"]
 
 
 class Study:

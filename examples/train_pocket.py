@@ -386,6 +386,7 @@ def install(data: Path, out: Path) -> None:
     for part in PARTS:
         shutil.rmtree(pocket / part, ignore_errors=True)
         shutil.copytree(out / part, pocket / part)
+        (pocket / part / "model.safetensors").chmod(0o644)  # it was written for its owner alone
     shutil.copy(out / "tokenizer" / "tokenizer.model", pocket / "base" / "tokenizer.model")
     for name, part in (("quixote", "train"), ("quixote-held-out", "held-out")):
         lp.NGramPrior.fit(out / f"styles/quixote/{part}.jsonl", tokenizer, out=pocket / name, force=True)

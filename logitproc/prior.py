@@ -474,6 +474,7 @@ def _count(counter: NGramCounter, texts: Iterable[str], tokenizer: Any, batch: i
     texts = itertools.islice(texts, counter.documents, None)
     with tqdm(desc="counting", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         while chunk := list(itertools.islice(texts, batch)):
-            ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids = encoded["input_ids"]
             counter.add(ids)
             bar.update(sum(map(len, ids)))
