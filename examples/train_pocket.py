@@ -313,8 +313,8 @@ def write_styles(data: Path, out: Path) -> None:
 PARTS = ("base", "mini")
 CARD = """# Bundled models
 
-Tiny causal language models with one tokenizer, for offline use, examples and tests. They write passable
-English sentences and know nothing. Licence: Apache-2.0, like the library.
+Tiny causal language models with one tokenizer, for offline use, examples and tests. They write sentences
+that read as English, made-up words among them, and know nothing. Licence: Apache-2.0, like the library.
 
 | model | parameters | layers x hidden | trained on | final training loss | device, time | date |
 |---|---|---|---|---|---|---|

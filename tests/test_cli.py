@@ -176,7 +176,7 @@ def test_describe_shows_parameters_capabilities_and_an_example_that_runs(run, ge
     assert "arXiv:2601.16224" in out and "Parameters:" in out
     assert ["strength", "float", "default", "None"] in [line.split() for line in out.splitlines()]
     assert ["prior", "NGramPrior", "required"] in [line.split() for line in out.splitlines()]
-    assert "the last 2 tokens" in out and "beam search" in out
+    assert "all tokens" in out and "beam search" in out
     example = out.split()[-1]
     assert example.startswith("ngram:prior=quixote,strength=0.5,confidence=wb")
     assert generate("--prompt", "the", "--proc", example)

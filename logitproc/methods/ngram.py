@@ -364,6 +364,8 @@ class NGramStyleLogitsProcessor(Processor):
 
     def __post_init__(self) -> None:
         _one_of("rule", self.rule, get_args(Rule))
+        if self.guard is None and self.strength == 0:
+            self.guard = 0.0  # strength 0 alone is the identity
         for key, value in DEFAULTS[self.rule].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
