@@ -116,7 +116,9 @@ def steps(length: int = 256, buffers: int = 8) -> list[dict]:
         five = Chain([NoOp() for _ in range(5)])
         for count in (1, 5):
             plain = LogitsProcessorList([NoOp() for _ in range(count)])
-            result = compare(lambda i, z=z, t=t, p=five: p(t(i), z(i)), lambda i, z=z, t=t, p=plain: p(t(i), z(i)))
+            result = compare(
+                lambda i, z=z, t=t, p=five: p(t(i), z(i)), lambda i, z=z, t=t, p=plain: p(t(i), z(i))
+            )
             name = "list of 1 no-op" if count == 1 else "list of 5 no-ops"
             rows.append({"what": "Chain of 5 no-ops", "against": name, "vocabulary": vocabulary,
                          "batch": batch} | result)  # fmt: skip

@@ -73,6 +73,7 @@ class BiasTable:
         self.trusting = self.sparse or confidence == "none"  # the sparse terms hold their confidence
         if self.sparse:
             base[exempt] = 0.0
+        self.common = torch.from_numpy(np.flatnonzero(base))[None]  # tokens of order 1, at most FOLLOWERS
         self.exempt = torch.tensor(exempt, dtype=torch.int64)
         self.base = torch.from_numpy(np.append(base, 0.0) * strength).float()  # [V + 1]
         self.base_confidence = float(conf[0][0])
@@ -101,7 +102,7 @@ class BiasTable:
     def to(self, device: torch.device) -> Self:
         """Move once; later calls with the same device cost nothing."""
         if self.base.device != device:
-            for name in ("base", "symbols", "exempt", "first"):
+            for name in ("base", "common", "symbols", "exempt", "first"):
                 setattr(self, name, getattr(self, name).to(device))
             self.levels = [Level(*(t.to(device) for t in level)) for level in self.levels]
         return self
@@ -123,7 +124,12 @@ class BiasTable:
     def entries(self, level: Level, index: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, values), each [rows, longest row]; ids are V where a row has no further entry."""
         start, length = level.span[index].split(1, dim=1)
-        block = torch.where(level.reach < length, start + level.reach, len(level.ids) - 1)
+        reach = level.reach
+        if length.device.type == "cpu" and len(
+            reach
+        ):  # on a GPU, asking for the longest row would wait for it
+            reach = reach[: max(1, int(length.max()))]
+        block = torch.where(reach < length, start + reach, len(level.ids) - 1)
         return level.ids[block], level.values[block]
 
     def dense(self, tokens: Tensor, width: int) -> Tensor:
@@ -154,11 +160,9 @@ class BiasTable:
 
     def add_to(self, scores: Tensor, tokens: Tensor) -> Tensor:
         """scores + strength * g for a sparse rule, without building g: one copy and a few entries."""
-        if scores.shape[1] > self.width:
-            out = scores.clone()
-            out[:, : self.width + 1] += self.base
-        else:
-            out = scores + self.base[:-1]
+        out = scores.clone()
+        rows = scores.shape[0]
+        out.scatter_add_(1, self.common.expand(rows, -1), self.base[self.common].expand(rows, -1))
         for level, index in zip(self.levels, self.contexts(tokens), strict=True):
             ids, values = self.entries(level, index)
             # What fills short rows adds 0, so it may as well go to the last column.
@@ -166,18 +170,16 @@ class BiasTable:
         return out
 
 
-def centred(g: Tensor, scores: Tensor, exempt: Tensor, width: int) -> Tensor:
-    """g - E_p[g] over the first `width` tokens that are not exempt, 0 elsewhere; changes g in place.
+def centred(g: Tensor, weight: Tensor, exempt: Tensor, width: int) -> Tensor:
+    """g - E[g] over the first `width` tokens that are not exempt, 0 elsewhere; changes g in place.
 
-    p is softmax(scores). A constant in g is invisible to a softmax over all tokens, but not beside
-    tokens that get no bias, nor to a clip.
+    weight [rows, >= width] is proportional to the probabilities of the expectation. A constant in g is
+    invisible to a softmax over all tokens, but not beside tokens that get no bias, nor to a clip.
     """
-    p = scores.softmax(-1)
     g.index_fill_(1, exempt, 0.0)
-    mass = p[:, :width].sum(-1) - p[:, exempt].sum(-1)
-    mean = torch.einsum("rv,rv->r", p, g) / mass
+    mass = weight[:, :width].sum(-1) - weight[:, exempt].sum(-1)
     # No mass to speak of, or a row without a finite score: nothing is biased, so any finite mean does.
-    mean = torch.where(mass > 1e-6, mean, 0.0)
+    mean = torch.where(mass > 1e-6, (weight * g).sum(-1) / mass, 0.0)
     g[:, :width] -= mean[:, None]
     return g.index_fill_(1, exempt, 0.0)
 
@@ -232,16 +234,17 @@ def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
     return torch.where(absent & present_next & (next_symbol != bos), bos, symbols)
 
 
-def plausible(scores: Tensor, alpha: float) -> Tensor:
+def plausible(p: Tensor, alpha: float) -> Tensor:
     """bool [rows, width]: p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2)."""
-    return scores >= scores.amax(-1, keepdim=True) + math.log(alpha)
+    return p >= alpha * p.amax(-1, keepdim=True)
 
 
-def keep_mass(scores: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
+def keep_mass(p: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
     """bias - ln E_p[exp(bias) | inside] inside, 0 outside: the mass of `inside` stays what it was."""
-    z = scores.masked_fill(~inside, -torch.inf)
-    shift = torch.logsumexp(z + bias, -1, keepdim=True) - torch.logsumexp(z, -1, keepdim=True)
-    return torch.where(inside, bias - shift, 0.0)
+    weight = torch.where(inside, p, 0.0)
+    mass = weight.sum(-1, keepdim=True)
+    shift = ((weight * bias.exp()).sum(-1, keepdim=True) / mass).log()
+    return torch.where(inside, bias - torch.where(mass > 0, shift, 0.0), 0.0)
 
 
 def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 24) -> Tensor:
@@ -433,7 +436,7 @@ class NGramStyleLogitsProcessor(Processor):
             elif table.sparse:
                 out = table.add_to(scores, recent)
             else:
-                out = self._g(recent, scores).add_(scores)
+                out = self._g(recent, scores.softmax(-1)).add_(scores)
         if self.guard:
             age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
             tokens = torch.where(age <= generated[:, None], tokens, -1)
@@ -441,45 +444,42 @@ class NGramStyleLogitsProcessor(Processor):
                                            self.guard_length, self.guard_cap)  # fmt: skip
         return out
 
-    def _g(self, tokens: Tensor, scores: Tensor, inside: Tensor | None = None) -> Tensor:
-        """strength * g [rows, width], centred for the dense rules over the tokens `inside`."""
-        width = scores.shape[1]
-        table = self._tables[0]
+    def _g(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """strength * g, as wide as `weight`; for the dense rules centred by it (see `centred`)."""
+        table, width = self._tables[0], weight.shape[1]
         g = table.dense(tokens, width)
         if table.sparse:
             return g
         if self.background is not None:
-            g -= self._tables[1].to(scores.device).dense(tokens, width)
-        if inside is not None:
-            scores = scores.masked_fill(~inside, -torch.inf)
-        return centred(g, scores, table.exempt, table.width)
+            g -= self._tables[1].to(weight.device).dense(tokens, width)
+        return centred(g, weight, table.exempt, table.width)
 
     def _biased(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
-        table, inside = self._tables[0], None
+        table, inside, p = self._tables[0], None, scores.softmax(-1)
         if self.plausibility:  # the tokens that get a bias
-            inside = plausible(scores, self.plausibility).index_fill_(1, table.exempt, False)
+            inside = plausible(p, self.plausibility).index_fill_(1, table.exempt, False)
             inside[:, table.width :] = False
-        bias = self._g(tokens, scores, inside) * self._schedule_factor(scores, generated)
+        bias = self._g(tokens, p if inside is None else torch.where(inside, p, 0.0))
+        if self._schedule != "constant":
+            bias = bias * self._schedule_factor(p, generated)
         if self.clip is not None:
             bias = bias.clamp(-self.clip, self.clip)
         if inside is not None and self.plausibility_mode == "keep":
-            bias = keep_mass(scores, bias, inside)
+            bias = keep_mass(p, bias, inside)
         elif inside is not None:
             forbidden = (~inside).index_fill_(1, table.exempt, False)
             forbidden[:, table.width :] = False
             scores = scores.masked_fill(forbidden, -torch.inf)
         if self._schedule == "budget":
             bias = bias * within_budget(scores, bias, self._amount)
-        # A row without a finite score has no softmax, hence a bias of NaN.
-        return (scores + bias).masked_fill(scores == -torch.inf, -torch.inf)
+        # A row without a finite score has no softmax: whatever its bias, nothing becomes of it.
+        return scores + bias.nan_to_num_()
 
-    def _schedule_factor(self, scores: Tensor, generated: Tensor) -> float | Tensor:
+    def _schedule_factor(self, p: Tensor, generated: Tensor) -> float | Tensor:
         if self._schedule == "ramp":
             return (generated / self._amount).clamp(max=1.0)[:, None]
         if self._schedule == "entropy":
-            log_p = scores.log_softmax(-1)
-            entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1, keepdim=True)
-            return entropy / math.log(scores.shape[1])
+            return torch.special.entr(p).sum(-1, keepdim=True) / math.log(p.shape[1])
         return 1.0
 
     @functools.cached_property
