@@ -144,8 +144,11 @@ class Cells:
         return np.array([np.mean(values[line]) for line in sorted(values)])
 
 
-def judge(setting: Cells, plain: Cells, controls: list[Cells]) -> dict[str, Any]:
-    """Differences to unsteered text, distance to the temperature curve, and the verdicts of the rule above."""
+def judge(setting: Cells, plain: Cells, controls: list[Cells], fluent: Cells | None = None) -> dict[str, Any]:
+    """Differences to unsteered text, distance to the temperature curve, and the verdicts of the rule above.
+
+    `fluent` is the text whose base nats bound those of the setting, `plain` if left out.
+    """
     names = ("base_nll", "held_out_nll", "style_nll", "style_kn_nll", "rep_4", "js", "overlap",
              "bigram_seen", "distinct_2")  # fmt: skip
     mean = {n: metrics.bootstrap(setting.per_prompt(n))._asdict() for n in names}
@@ -154,14 +157,14 @@ def judge(setting: Cells, plain: Cells, controls: list[Cells]) -> dict[str, Any]
     }
     above = curve_distance(setting, [plain, *controls])
     perplexity = math.exp(mean["base_nll"]["mean"])
-    plain_perplexity = math.exp(plain.per_prompt("base_nll").mean())
+    fluent_nll = (fluent or plain).per_prompt("base_nll").mean()
     return {
         "mean": mean, "difference": difference, "above_control_curve": above,
         "admissible": difference["held_out_nll"]["high"] < 0
-        and difference["base_nll"]["mean"] <= BASE_MARGIN
+        and mean["base_nll"]["mean"] <= fluent_nll + BASE_MARGIN
         and difference["rep_4"]["high"] <= REP_MARGIN
         and above["high"] < 0,
-        "collapse": perplexity > COLLAPSE_FACTOR * plain_perplexity
+        "collapse": perplexity > COLLAPSE_FACTOR * math.exp(fluent_nll)
         or difference["rep_4"]["mean"] > COLLAPSE_REP
         or difference["held_out_nll"]["low"] > 0,
     }  # fmt: skip
@@ -214,10 +217,10 @@ def run_greedy(study: Study, arms: list[str], grid: tuple[float, ...]) -> dict:
     for corpus in CORPORA:
         plain = study.table(corpus, "unsteered", 0.0, GREEDY, (0,))
         sampled = study.table(corpus, "unsteered", 0.0, SAMPLE, SEEDS)
-        result[corpus] = {"unsteered": {"0": judge(plain, plain, [sampled])}}
+        result[corpus] = {"unsteered": {"0": judge(plain, plain, [sampled], sampled)}}
         for arm in arms:
             result[corpus][arm] = {
-                f"{s:g}": judge(study.table(corpus, arm, s, GREEDY, (0,)), plain, [sampled]) for s in grid
+                f"{s:g}": judge(study.table(corpus, arm, s, GREEDY, (0,)), plain, [sampled], sampled) for s in grid
             }
             print(line(corpus, arm, result[corpus][arm]), file=sys.stderr, flush=True)
     return result
