@@ -157,7 +157,7 @@ def judge(setting: Cells, plain: Cells, controls: list[Cells], fluent: Cells | N
     }
     above = curve_distance(setting, [plain, *controls])
     perplexity = math.exp(mean["base_nll"]["mean"])
-    fluent_nll = (fluent or plain).per_prompt("base_nll").mean()
+    fluent_nll = float((fluent or plain).per_prompt("base_nll").mean())
     return {
         "mean": mean, "difference": difference, "above_control_curve": above,
         "admissible": difference["held_out_nll"]["high"] < 0

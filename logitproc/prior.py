@@ -468,13 +468,26 @@ def _count(counter: NGramCounter, texts: Iterable[str], tokenizer: Any, batch: i
     """Tokenize and count, skipping what a resumed counter has counted already."""
     import itertools
     import sys
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from tqdm import tqdm
 
+    def encode(chunk: list[str]) -> list[list[int]]:
+        return tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def add(encoded: Future[list[list[int]]]) -> None:
+        ids = encoded.result()
+        counter.add(ids)
+        bar.update(sum(map(len, ids)))
+
     texts = itertools.islice(texts, counter.documents, None)
-    with tqdm(desc="counting", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    off = not sys.stderr.isatty()
+    with ThreadPoolExecutor(1) as pool, tqdm(desc="counting", unit=" tokens", unit_scale=True, disable=off) as bar:
+        before: Future | None = None  # one batch is tokenized while the one before it is counted
         while chunk := list(itertools.islice(texts, batch)):
-            encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            ids = encoded["input_ids"]
-            counter.add(ids)
-            bar.update(sum(map(len, ids)))
+            ahead = pool.submit(encode, chunk)
+            if before:
+                add(before)
+            before = ahead
+        if before:
+            add(before)
