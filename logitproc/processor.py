@@ -85,11 +85,14 @@ class Processor(LogitsProcessor):
         not modified; the result has the shape, dtype and device of `scores`.
         """
         tokens = trailing(history, self.context)
+        z = scores if scores.dtype is torch.float32 else scores.float()
         if not self._reads_generated:
-            return self.step(tokens, scores.float()).to(scores.dtype)
-        if generated is None:
-            generated = history.new_full((history.shape[0],), history.shape[1])
-        return self.step(tokens, scores.float(), generated=generated).to(scores.dtype)
+            out = self.step(tokens, z)
+        else:
+            if generated is None:
+                generated = history.new_full((history.shape[0],), history.shape[1])
+            out = self.step(tokens, z, generated=generated)
+        return out if out.dtype is scores.dtype else out.to(scores.dtype)
 
     def check_width(self, width: int) -> None:
         """Raise ValueError when the fitted parts of this processor do not fit scores of this width."""

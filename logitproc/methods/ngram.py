@@ -52,7 +52,7 @@ class Level(NamedTuple):
     keys: Tensor  # int64 [C + 1], ascending; the last one is no key
     span: Tensor  # int64 [C + 1, 2]: first entry of the context, and how many it has
     reach: Tensor  # int64 [longest row]: 0, 1, 2, ...
-    ids: Tensor  # int64 [E + 1]; the last one is V, a column that is thrown away
+    ids: Tensor  # int64 [E + 1]; the last one is V, a column that is thrown away (V - 1 where 0 is added)
     values: Tensor  # float32 [E + 1], the last one is 0
     backoff: Tensor  # float32 [C + 1], added to the tokens that the context does not hold
     confidence: Tensor  # float32 [C + 1]
@@ -87,7 +87,7 @@ class BiasTable:
                     keys=_tensor(o.keys, np.iinfo(np.int64).max),
                     span=_tensor(np.stack([np.cumsum(length) - length, length], 1), 0),
                     reach=torch.arange(int(length.max(initial=0))),
-                    ids=_tensor(o.ids[keep], self.width),
+                    ids=_tensor(o.ids[keep], self.width - self.sparse),
                     values=_tensor(value[keep] * strength, 0.0).float(),
                     backoff=_tensor(back * strength, 0.0).float(),
                     confidence=_tensor(c, 1.0).float(),
@@ -164,9 +164,7 @@ class BiasTable:
         rows = scores.shape[0]
         out.scatter_add_(1, self.common.expand(rows, -1), self.base[self.common].expand(rows, -1))
         for level, index in zip(self.levels, self.contexts(tokens), strict=True):
-            ids, values = self.entries(level, index)
-            # What fills short rows adds 0, so it may as well go to the last column.
-            out.scatter_add_(1, ids.clamp_(max=scores.shape[1] - 1), values)
+            out.scatter_add_(1, *self.entries(level, index))
         return out
 
 
