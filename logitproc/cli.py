@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 DEMO = ("ngram:prior=quixote,strength=1.0",)  # a row of the demo each
 DEMO_JUDGE = "quixote-held-out"  # counts of text that no steering prior has seen
-DEMO_PROMPTS = ("The old man looked down the road and", "She opened the letter, and", "My friend, you must")
+DEMO_PROMPTS = (
+    "The knight turned to his servant and said", "When they came to the inn,", "She opened the letter, and",
+)  # fmt: skip
 DEMO_SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 0}
 
 # Errors that the input causes. KeyError and IndexError are the two LookupErrors that only a bug raises.
@@ -610,7 +612,7 @@ def demo(
     context: typer.Context,
     prompt: PromptList = None,
     strength: Annotated[float | None, Option(metavar="X", help="For all methods; 0 is neutral.")] = None,
-    max_new_tokens: NewTokens = 48,
+    max_new_tokens: NewTokens = 64,
     seed: Annotated[int, Option(metavar="N", min=0, max=MAX_SEED)] = 0,
     as_json: Json = False,
 ) -> None:
