@@ -90,7 +90,7 @@ def steps(length: int = 256, buffers: int = 8) -> list[dict]:
         scores = [3 * torch.randn(batch, vocabulary, generator=generator) for _ in range(buffers)]
         # Histories are real text: the contexts of the prior itself, so that all orders match.
         o = prior.orders[2]
-        newest = o.keys[o.parent] * 0 + prior.orders[1].oldest[o.parent]
+        newest = prior.orders[1].oldest[o.parent]
         pick = torch.randint(0, len(o.keys), (buffers, batch, length // 2), generator=generator).numpy()
         ids = [
             torch.stack([torch.from_numpy(o.oldest[p]), torch.from_numpy(newest[p])], -1).flatten(1)

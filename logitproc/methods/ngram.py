@@ -29,8 +29,8 @@ from ..processor import Processor, trailing
 from ..registry import register
 
 Rule = Literal["paper", "lift", "backoff", "ratio"]
-# What a parameter left out (None) becomes. `backoff`: chosen by `eval/study.py`, see eval/RESULTS.md; the others
-# are the bare formulas, at strengths where they did not collapse there.
+# What a parameter left out (None) becomes. `backoff`: chosen by `eval/study.py`, see eval/RESULTS.md. The others are
+# the bare formulas; `paper` at the strength that the paper found best.
 OFF: dict[str, Any] = {"confidence": "none", "plausibility": 0.0, "guard": 0.0}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"strength": 0.1, **OFF},
