@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 
 # Lowest first. A module imports its own layer and those below it, inside functions too.
 LAYERS = (
-    {"registry"},
+    {"registry", "checks"},
     {"bundled"},
     {"artifact", "counting", "corpus"},
     {"prior", "arpa", "processor", "ops"},

@@ -15,7 +15,6 @@ Differs from the paper: everything but `paper` with its defaults; see `NGramStyl
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import in_range, name_and_number, one_of
+from ..ops import plausible, within_budget
 from ..prior import NGramPrior, default_weights, symbol_table
 from ..processor import Processor, trailing
 from ..registry import register
@@ -213,7 +214,7 @@ def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
     if rule == "none":
         return [np.ones(len(o.keys)) for o in prior.orders]
     totals = prior.totals()
-    name, d = _call(rule)
+    name, d = name_and_number(rule)
     if name == "wb":
         return [t / (t + np.diff(o.indptr)) for t, o in zip(totals, prior.orders, strict=True)]
     return [t / (t + d) for t in totals]
@@ -232,37 +233,12 @@ def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
     return torch.where(absent & present_next & (next_symbol != bos), bos, symbols)
 
 
-def plausible(p: Tensor, alpha: float) -> Tensor:
-    """bool [rows, width]: p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2)."""
-    return p >= alpha * p.amax(-1, keepdim=True)
-
-
 def keep_mass(p: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
     """bias - ln E_p[exp(bias) | inside] inside, 0 outside: the mass of `inside` stays what it was."""
     weight = torch.where(inside, p, 0.0)
     mass = weight.sum(-1, keepdim=True)
     shift = ((weight * bias.exp()).sum(-1, keepdim=True) / mass).log()
     return torch.where(inside, bias - torch.where(mass > 0, shift, 0.0), 0.0)
-
-
-def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 24) -> Tensor:
-    """s [rows, 1], the largest s in [0, 1] with KL(softmax(scores + s bias), softmax(scores)) <= nats.
-
-    KL grows with s (its derivative is s Var_q(bias)), so bisection is safe; s = 1 where that fits.
-    """
-    log_p = scores.log_softmax(-1)
-
-    def divergence(s: Tensor) -> Tensor:
-        log_q = (scores + s * bias).log_softmax(-1)
-        return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1, keepdim=True)
-
-    low, high = torch.zeros_like(scores[:, :1]), torch.ones_like(scores[:, :1])
-    whole = divergence(high) <= nats
-    for _ in range(steps):
-        middle = (low + high) / 2
-        fits = divergence(middle) <= nats
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return torch.where(whole, 1.0, low)
 
 
 def repetition_penalty(tokens: Tensor, width: int, factor: float, base: float, allowed: int,
@@ -364,38 +340,38 @@ class NGramStyleLogitsProcessor(Processor):
     artifacts: ClassVar = {"prior": NGramPrior, "background": NGramPrior}
 
     def __post_init__(self) -> None:
-        _one_of("rule", self.rule, get_args(Rule))
+        one_of("rule", self.rule, get_args(Rule))
         if self.guard is None and self.strength == 0:
             self.guard = 0.0  # strength 0 alone is the identity
         for key, value in DEFAULTS[self.rule].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        _one_of("plausibility_mode", self.plausibility_mode, ("keep", "drop"))
-        _one_of("eos", self.eos, ("exempt", "prior"))
-        _in_range("strength", self.strength, 0, 1)
-        _in_range("plausibility", self.plausibility, 0, 1)
-        _in_range("guard", self.guard, 0, math.inf)
-        _in_range("k", self.k, 1e-12, math.inf)
+        one_of("plausibility_mode", self.plausibility_mode, ("keep", "drop"))
+        one_of("eos", self.eos, ("exempt", "prior"))
+        in_range("strength", self.strength, 0, 1)
+        in_range("plausibility", self.plausibility, 0, 1)
+        in_range("guard", self.guard, 0, math.inf)
+        in_range("k", self.k, 1e-12, math.inf)
         if self.clip is not None:
-            _in_range("clip", self.clip, 0, math.inf)
+            in_range("clip", self.clip, 0, math.inf)
         if self.guard:
-            _in_range("guard_base", self.guard_base, 1.0001, math.inf)
-            _in_range("guard_length", self.guard_length, 1, math.inf)
-            _in_range("guard_cap", self.guard_cap, self.guard, 1e9)
+            in_range("guard_base", self.guard_base, 1.0001, math.inf)
+            in_range("guard_length", self.guard_length, 1, math.inf)
+            in_range("guard_cap", self.guard_cap, self.guard, 1e9)
         if not isinstance(self.prior, NGramPrior):
             raise ValueError(f"prior must be an NGramPrior, got {type(self.prior).__name__}.")
         if (self.rule == "ratio") != (self.background is not None):
             raise ValueError("rule='ratio' needs a background prior, and no other rule takes one.")
         if self.weights is not None and len(self.weights) != self.prior.order:
             raise ValueError(f"weights must hold {self.prior.order} numbers, got {self.weights!r}.")
-        self._schedule, self._amount = _call(
-            _one_of("schedule", self.schedule, ("constant", "entropy", "ramp(n)", "budget(eps)"))
+        self._schedule, self._amount = name_and_number(
+            one_of("schedule", self.schedule, ("constant", "entropy", "ramp(n)", "budget(eps)"))
         )
-        _one_of("confidence", self.confidence, ("none", "wb", "count(d)"))
+        one_of("confidence", self.confidence, ("none", "wb", "count(d)"))
         self.weights = None if self.weights is None else tuple(self.weights)
         self.exempt = tuple(self.exempt)
         for token in self.exempt:
-            _in_range("exempt", token, 0, self.prior.vocab_size - 1)
+            in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self.context = None if self.guard else self.prior.order - 1
         # No option that reads the distribution: the bias of a step is strength * g.
         self._plain = not self.plausibility and self.clip is None and self._schedule == "constant"
@@ -501,26 +477,3 @@ def _example_prior(width: int, seed: int = 0) -> NGramPrior:
     rng = np.random.default_rng(seed)
     words = np.minimum(rng.zipf(1.5, size=(40, 30)), width - 1)
     return NGramPrior.from_ids(words.tolist(), order=3, vocab_size=width, eos=0)
-
-
-def _call(text: str) -> tuple[str, float]:
-    """'name(number)' -> (name, number); 'name' -> (name, 0)."""
-    match = re.fullmatch(r"(\w+)(?:\(([-+.\deE]+)\))?", text)
-    return (match[1], float(match[2] or 0)) if match else (text, math.nan)
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
-    """Raise unless value is one of `allowed`, where 'name(x)' stands for name(positive number)."""
-    name, amount = _call(value) if isinstance(value, str) else (value, 0.0)
-    for choice in allowed:
-        wants_number = choice.endswith(")")
-        if name == choice.partition("(")[0] and (amount > 0 if wants_number else value == choice):
-            return value
-    raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def _in_range(key: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
-        raise ValueError(f"{key} must be a number {bounds}, got {value!r}.")

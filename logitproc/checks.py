@@ -1,0 +1,29 @@
+"""Checks of parameters, each with the one sentence that a user reads when it fails."""
+
+import math
+import re
+from collections.abc import Sequence
+
+
+def name_and_number(text: str) -> tuple[str, float]:
+    """'name(number)' -> (name, number); 'name' -> (name, 0)."""
+    match = re.fullmatch(r"(\w+)(?:\(([-+.\deE]+)\))?", text)
+    return (match[1], float(match[2] or 0)) if match else (text, math.nan)
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> str:
+    """Raise unless value is one of `allowed`, where 'name(x)' stands for name(positive number)."""
+    name, amount = name_and_number(value) if isinstance(value, str) else (value, 0.0)
+    for choice in allowed:
+        wants_number = choice.endswith(")")
+        if name == choice.partition("(")[0] and (amount > 0 if wants_number else value == choice):
+            return value
+    raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def in_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise unless value is a number (no bool, no NaN) in [low, high]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+        raise ValueError(f"{key} must be a number {bounds}, got {value!r}.")
