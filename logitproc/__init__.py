@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "names": "registry", "get": "registry", "register": "registry",
     "Processor": "processor", "Chain": "chain", "Artifact": "artifact", "pocket": "bundled",
-    "generate": "generation", "NGramPrior": "prior", "NGramStyleLogitsProcessor": "methods.ngram",
+    "generate": "generation", "NGramPrior": "prior", "TokenLedger": "ledger",
+    "NGramStyleLogitsProcessor": "methods.ngram",
 }  # fmt: skip
 __all__ = [*_LAZY, "__version__"]
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .bundled import pocket
     from .chain import Chain
     from .generation import generate
+    from .ledger import TokenLedger
     from .methods.ngram import NGramStyleLogitsProcessor
     from .prior import NGramPrior
     from .processor import Processor

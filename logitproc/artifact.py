@@ -60,7 +60,7 @@ class Artifact:
             )
         if document.get("kind") != cls.kind:
             raise ValueError(f"{folder} holds a {document.get('kind')!r}, not a {cls.kind!r}.")
-        arrays = _read_tensors(folder / _TENSORS, document["sha256"])
+        arrays = _read_tensors(folder / document.get("tensors", _TENSORS), document["sha256"])
         return cls._restore(document["tokenizer"], document["scalars"], arrays)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
@@ -173,15 +173,44 @@ def write_artifact(
     Arrays may be memory maps: they are copied block by block, so they need not fit in memory (the
     safetensors package would hold them all). Integers are stored in the narrowest type that holds them.
     """
+    digest = _write_tensors(folder / _TENSORS, arrays)
+    (folder / _JSON).write_text(_document(kind, tokenizer, scalars, digest), encoding="utf-8")
+
+
+def swap_artifact(
+    folder: Path, kind: str, tokenizer: dict, scalars: Mapping, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Replace the artifact in `folder`, killed at any moment, by nothing or by all of the new one.
+
+    The arrays get a file of their own; the JSON that names it is renamed over the old one.
+    Raises FileExistsError when the folder holds anything but an artifact of this kind.
+    """
+    current = _read_json(folder / _JSON) if (folder / _JSON).is_file() else {}
+    if current.get("kind") != kind if current else any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and holds no {kind}; it is not replaced.")
+    _drop_arrays(folder, but=current.get("tensors", _TENSORS))  # what a killed call has left
+    new = folder / f"artifact-{os.urandom(8).hex()}.safetensors"
+    digest = _write_tensors(new, arrays)
+    _sync(new)
+    write_text(folder / _JSON, _document(kind, tokenizer, scalars, digest, new.name))
+    _sync(folder)
+    _drop_arrays(folder, but=new.name)
+
+
+def _drop_arrays(folder: Path, but: str) -> None:
+    for file in folder.glob("artifact*.safetensors"):
+        if file.name != but:
+            file.unlink()
+
+
+def _document(kind: str, tokenizer: dict, scalars: Mapping, digest: str, tensors: str = _TENSORS) -> str:
     from . import __version__
 
-    digest = _write_tensors(folder / _TENSORS, arrays)
     document = {
-        "format": FORMAT, "kind": kind, "library": __version__, "sha256": digest,
+        "format": FORMAT, "kind": kind, "library": __version__, "sha256": digest, "tensors": tensors,
         "tokenizer": tokenizer, "scalars": dict(scalars),
     }  # fmt: skip
-    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / _JSON).write_text(text + "\n", encoding="utf-8")
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 _BLOCK = 1 << 22
@@ -194,7 +223,7 @@ def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     header, offset, stored = {}, 0, {}
     for name in sorted(arrays):
         array = arrays[name]
-        dtype = _narrowest(array) if array.dtype.kind in "iu" else array.dtype
+        dtype = narrowest(array) if array.dtype.kind in "iu" else array.dtype
         size = array.size * np.dtype(dtype).itemsize
         header[name] = {
             "dtype": _SAFETENSORS_NAMES[np.dtype(dtype).name], "shape": list(array.shape),
@@ -217,7 +246,7 @@ def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _narrowest(array: np.ndarray) -> np.dtype:
+def narrowest(array: np.ndarray) -> np.dtype:
     """The smallest of uint8, uint16, int32, int64 that holds every value."""
     if array.size == 0:
         return np.dtype(np.uint8)
@@ -276,8 +305,12 @@ def _find(folder: str | Path, base: Path | None) -> Path:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ LAYERS = (
     {"registry", "checks"},
     {"bundled"},
     {"artifact", "counting", "corpus"},
-    {"prior", "arpa", "processor", "ops"},
+    {"prior", "arpa", "ledger", "processor", "ops"},
     {"methods"},
     {"companion", "chain"},
     {"generation", "metrics", "scoring"},
