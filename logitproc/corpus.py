@@ -91,6 +91,28 @@ def _strings(source: Any, name: str) -> Iterable[Any]:
     return source
 
 
+def labelled(path: str | Path, text: str = "text", label: str = "label") -> list[tuple[str, str]]:
+    """(text, label) of each row of a csv, tsv, jsonl or json file; labels as strings, blank texts left out.
+
+    Raises FileNotFoundError when there is no such file, ValueError when a column is missing or no row has text.
+    """
+    path = _existing_file(Path(path))
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None or path.suffix.lower() == ".parquet":
+        raise ValueError(f"Labelled texts come as csv, tsv, jsonl or json, with columns {text!r} and {label!r}; "
+                         f"got {path}.")  # fmt: skip
+    pairs = []
+    for row in _parsed(reader(path, text), path):
+        if not isinstance(row, Mapping) or text not in row or label not in row:
+            has = ", ".join(map(repr, row)) if isinstance(row, Mapping) else f"{row!r:.60}"
+            raise ValueError(f"{path} needs the columns {text!r} and {label!r}; a row has {has}.")
+        if str(row[text]).strip():
+            pairs.append((str(row[text]), str(row[label])))
+    if not pairs:
+        raise ValueError(f"{path} is empty: it holds no labelled text.")
+    return pairs
+
+
 # --- text ---
 
 

@@ -21,7 +21,8 @@ LAYERS = (
     {"prior", "arpa", "ledger", "processor", "ops"},
     {"methods"},
     {"companion", "chain"},
-    {"generation", "metrics", "scoring"},
+    {"generation", "metrics", "scoring", "features", "diversity"},
+    {"assessment"},
     {"engines", "cli"},
     {"examples", "eval"},
 )
