@@ -95,10 +95,8 @@ def assess(
         settings["oracles"][oracle.name] = oracle.accuracy(test)
         for name, items in arms.items():
             student = family().fit(_pairs(samples[name]))
-            for key, (mean, error) in {
-                "label_accuracy": oracle.accuracy(_pairs(items)), "student_accuracy": student.accuracy(test)
-            }.items():  # fmt: skip
-                figures[name] |= {f"{prefix}{key}": mean, f"{prefix}{key}_error": error}
+            figures[name] |= _with_error(f"{prefix}label_accuracy", oracle.accuracy(_pairs(items)))
+            figures[name] |= _with_error(f"{prefix}student_accuracy", student.accuracy(test))
     return {"settings": settings, "arms": figures}
 
 
@@ -154,6 +152,10 @@ class Bayes(Classifier):
         from sklearn.pipeline import make_pipeline
 
         return make_pipeline(CountVectorizer(ngram_range=(1, 2), token_pattern=TOKENS), MultinomialNB())
+
+
+def _with_error(key: str, figure: tuple[float, float]) -> dict[str, float]:
+    return {key: figure[0], f"{key}_error": figure[1]}
 
 
 def _pairs(items: Sequence[Item]) -> list[Pair]:

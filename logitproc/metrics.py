@@ -5,7 +5,7 @@ text without an n-gram) is NaN, except that nothing repeats in it. Everything is
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ def rep_n(ids: Sequence[int], n: int = 4) -> float:
     return 1 - distinct_n([ids], n) if len(ids) >= n else 0.0
 
 
-def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:
+def distinct_n(texts: Iterable[Sequence[Hashable]], n: int) -> float:
     """Distinct n-grams / all n-grams of some texts together; no n-gram spans two of them.
 
     It falls with the number of tokens, so compare texts of one length. Source: Li et al., "A
