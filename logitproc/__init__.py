@@ -11,6 +11,7 @@ _LAZY = {
     "Processor": "processor", "Chain": "chain", "Artifact": "artifact", "pocket": "bundled",
     "generate": "generation", "NGramPrior": "prior", "TokenLedger": "ledger",
     "NGramStyleLogitsProcessor": "methods.ngram",
+    "SuppressionLogitsProcessor": "methods.suppression",
 }  # fmt: skip
 __all__ = [*_LAZY, "__version__"]
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .generation import generate
     from .ledger import TokenLedger
     from .methods.ngram import NGramStyleLogitsProcessor
+    from .methods.suppression import SuppressionLogitsProcessor
     from .prior import NGramPrior
     from .processor import Processor
     from .registry import get, names, register

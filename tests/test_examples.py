@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_the_python_of_the_readme_runs_as_printed(folder):
 def test_the_steering_example_runs(folder):
     output = run(folder, sys.executable, str(ROOT / "examples/steer.py"), "my-style.txt")
     assert {line.partition(":")[0] for line in output.splitlines() if ": " in line} >= {"0.0", "0.3", "0.6"}
+
+
+def test_the_diversity_example_runs_and_its_ledger_serves_the_command_line(folder):
+    output = run(folder, sys.executable, str(ROOT / "examples/diversify.py"))
+    plain, paper = (int(n) for n in re.findall(r"(\d+) different tokens", output))
+    assert paper > plain
+    command = shlex.split(output.splitlines()[-1].partition(": ")[2])
+    assert "The captain looked at" in run(folder, sys.executable, "-m", "logitproc.cli", *command[1:])
 
 
 def test_the_commands_of_the_readme_run(folder):

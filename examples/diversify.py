@@ -1,0 +1,27 @@
+"""Make a data set more diverse: generate in rounds, suppress what came too often. python examples/diversify.py"""
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import logitproc as lp
+
+ROUNDS, PROMPT, FOLDER = 6, "The captain looked at", "my-ledger"
+
+model = AutoModelForCausalLM.from_pretrained(lp.pocket("base"))
+tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
+inputs = tokenizer([PROMPT] * 20, return_tensors="pt")
+sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 24}
+
+for rule in (None, "paper"):
+    set_seed(0)
+    ledger = lp.TokenLedger(tokenizer)  # grows between generations; a processor sees it as it was when made
+    for number in range(ROUNDS):
+        processors = [lp.SuppressionLogitsProcessor(ledger, rule=rule)] if rule else []
+        output = lp.generate(model, lp.Chain(processors), tokenizer=tokenizer, **inputs, **sampling)
+        ledger.update(output[:, inputs["input_ids"].shape[1] :], round=number)
+    counts = ledger.counts()
+    print(f"{rule or 'plain'}: {(counts > 0).sum()} different tokens of {counts.sum()}, for example:")
+    for text in tokenizer.batch_decode(output[:3], skip_special_tokens=True):
+        print("  ", *text.split())
+
+ledger.save(FOLDER)
+print(f'Go on: logitproc generate --prompt "{PROMPT}" --do-sample --proc suppression:rule=paper,ledger={FOLDER}')
