@@ -7,9 +7,9 @@ bound to the prompt. It has a declarative form: a list of `{"name": ..., paramet
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import yaml
@@ -18,10 +18,23 @@ from transformers import LogitsProcessor
 
 from . import registry
 from .artifact import Artifact, new_folder
+from .companion import Companion
+from .evidence import Gathered, Seen, gather
 from .processor import Processor
 
 VERSION = 1
 _FILE = "chain.json"
+
+# The scores of a processor's companions for texts [rows, length], of which so many tokens were generated.
+Ask = Callable[[Processor, Tensor, Tensor | None], list[Tensor] | None]
+
+
+class Positions(NamedTuple):
+    """What `Chain.apply_positions` returns."""
+
+    scores: Tensor  # [B, K, V], processed
+    totals: dict[int, Tensor]  # what each processor of that index had gathered at each position, [B, K, E]
+    seen: dict[int, Seen]  # what it was given there, rows [B K]
 
 
 class Chain(LogitsProcessor):
@@ -44,24 +57,87 @@ class Chain(LogitsProcessor):
         contexts = [p.context for p in self.processors]
         self.context = None if None in contexts else max(contexts, default=0)  # type: ignore[type-var]
         self.supports_continuous_batching = self._all("supports_continuous_batching")
+        self._gathered = Gathered(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [rows, length] int64, scores [rows, width] -> processed scores [rows, width]."""
-        for processor in self.processors:
-            scores = processor.apply(input_ids, scores)
+        return self._gathered.apply(input_ids, scores)
+
+    def apply(
+        self,
+        history: Tensor,
+        scores: Tensor,
+        generated: Tensor | None = None,
+        ask: Ask | None = None,
+        evidence: Mapping[int, Tensor] | None = None,
+        seen: dict[int, Seen] | None = None,
+    ) -> Tensor:
+        """Process rows as `Processor.apply` does, one processor after the other.
+
+        `ask` gives the scores of a processor's companions; by default they are asked now. `evidence` is what
+        the texts have gathered for the processor of each index. What those processors see is put into `seen`.
+        """
+        for index, processor in enumerate(self.processors):
+            if ask is None:
+                companion_scores = processor.consult(history, scores.shape[1], generated)
+            else:
+                companion_scores = ask(processor, history, generated)
+            if companion_scores is None:
+                continue
+            if seen is not None and processor.evidence_size:
+                seen[index] = Seen(scores.float(), companion_scores)
+            total = None if evidence is None else evidence.get(index)
+            scores = processor.apply(history, scores, generated, companion_scores, total)
         return scores
 
-    def apply(self, history: Tensor, scores: Tensor, generated: Tensor | None = None) -> Tensor:
-        """Process rows as `Processor.apply` does, one processor after the other."""
-        for processor in self.processors:
-            scores = processor.apply(history, scores, generated)
-        return scores
+    def apply_positions(
+        self,
+        history: Tensor,
+        scores: Tensor,
+        generated: Tensor,
+        ask: Ask,
+        totals: Mapping[int, Tensor] | None = None,
+    ) -> Positions:
+        """Process the last K positions of B texts at once, as step after step would.
+
+        Shapes: history [B, T], scores [B, K, V]; generated [B, K], how many of the tokens up to a position are
+        not prompt. `totals` is the evidence of each text before the first of the positions, [B, E] per
+        processor, 0 by default. `ask` gives the scores of companions; its rows are all positions of the first
+        text, then those of the next.
+        """
+        (rows, count), first = scores.shape[:2], history.shape[1] - scores.shape[1]
+        at = torch.arange(rows * count, device=history.device)
+        texts = histories(history, at // count, first + at % count, self.context)
+        out, done = scores.flatten(0, 1), Positions(scores, {}, {})
+        for index, processor in enumerate(self.processors):
+            companion_scores = ask(processor, texts, generated.flatten())
+            if companion_scores is None:
+                continue
+            evidence = None
+            if processor.evidence_size:
+                done.seen[index] = seen = Seen(out.float(), companion_scores)
+                total = torch.zeros(rows, processor.evidence_size, device=scores.device)
+                total = (totals or {}).get(index, total)
+                inside = at[at % count < count - 1]  # positions that a token of the history follows
+                done.totals[index] = gather(
+                    processor, total, history[:, first + 1 :], seen.take(inside), generated[:, 1:] > 0
+                )
+                evidence = done.totals[index].flatten(0, 1)
+            out = processor.apply(texts, out, generated.flatten(), companion_scores, evidence)
+        return done._replace(scores=out.unflatten(0, (rows, count)))
+
+    @property
+    def companions(self) -> list[Companion]:
+        """The distinct companions of all processors."""
+        found = {id(c): c for processor in self.processors for c in processor.auxiliaries()}
+        return list(found.values())
 
     def bind(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> LogitsProcessor:
         """This chain for one prompt: input_ids and attention_mask [rows, length].
 
-        The bound chain hides padding from the processors and tells them which tokens were generated. It
-        holds no state: it may be called at any length, in any order, for beams and repeated rows.
+        The bound chain hides padding from the processors and their companions and tells them which tokens
+        were generated. It may be called at any length, in any order, for beams and repeated rows; only where a
+        method gathers evidence must generated tokens come one at a time.
         """
         return _BoundChain(self, input_ids.shape[1], attention_mask)
 
@@ -140,7 +216,7 @@ class Chain(LogitsProcessor):
                             saved[id(value)] = f"{index}-{processor.name}-{key}"
                             value.save(new / saved[id(value)])
                         value = saved[id(value)]
-                    item[key] = value
+                    item[key] = _saved(value)
                 spec.append(item)
             document = {"version": VERSION, "library": __version__, "processors": spec}
             (new / _FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -168,6 +244,7 @@ class _BoundChain(LogitsProcessor):
         self.chain, self.prompt = chain, prompt
         self.padded = None if attention_mask is None else attention_mask[:, :prompt] == 0
         self.supports_continuous_batching = False  # it knows one prompt
+        self._gathered = Gathered(chain, prompt)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows, length = input_ids.shape
@@ -178,7 +255,14 @@ class _BoundChain(LogitsProcessor):
             padded = torch.nn.functional.pad(padded, (0, length - self.prompt))
             input_ids = input_ids.masked_fill(padded, -1)
         generated = torch.full_like(scores[:, 0], max(0, length - self.prompt), dtype=torch.int64)
-        return self.chain.apply(input_ids, scores, generated)
+        return self._gathered.apply(input_ids, scores, generated)
+
+
+def histories(ids: Tensor, b: Tensor, t: Tensor, context: int | None) -> Tensor:
+    """The last `context` tokens up to position t of text b (all for None), -1 where there are none."""
+    width = int(t.max()) + 1 if context is None else context
+    column = t[:, None] - torch.arange(width - 1, -1, -1, device=ids.device)
+    return ids[b[:, None], column.clamp(min=0)].masked_fill(column < 0, -1)
 
 
 def parse_processor(text: str) -> dict[str, Any]:
@@ -200,6 +284,13 @@ def parse_processor(text: str) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"In --proc {text!r}, {part!r} has no value: {_one_line(error)}") from None
     return spec
+
+
+def _saved(value: Any) -> Any:
+    """A parameter as a chain file holds it: companions by name."""
+    if isinstance(value, Companion):
+        return value.saved()
+    return [_saved(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _split(text: str) -> list[str]:

@@ -25,7 +25,7 @@ import typer
 from typer import Option
 
 from . import __version__, registry
-from .bundled import bundled, pocket
+from .bundled import bundled, find_model, pocket
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -170,6 +170,8 @@ def _example_spec(example: "Processor") -> dict[str, Any]:
         value = getattr(example, field.name)
         if field.name in example.artifacts and value is not None:
             spec[field.name] = _bundled_artifact(value.kind)
+        elif field.name in example.companions and value is not None:
+            spec[field.name] = ["mini"] if isinstance(value, Sequence) else "mini"
         elif field.init and value != field.default:
             spec[field.name] = value
     return spec
@@ -327,29 +329,6 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     if not prompts:
         raise ValueError("There is no prompt; give --prompt TEXT or --prompts FILE (- for standard input).")
     return prompts
-
-
-def find_model(name: str) -> str:
-    """A folder of a model or tokenizer, a bundled model by name, or the name of a repository on the hub.
-
-    FileNotFoundError for anything else: a path that does not exist is never looked up on the hub.
-    """
-    is_model = lambda folder: any((folder / f"{part}config.json").is_file() for part in ("", "tokenizer_"))
-    if is_model(Path(name)):
-        return name
-    if name in bundled():
-        return pocket(name)
-    if Path(name).exists():
-        raise FileNotFoundError(
-            f"{name} is no model: it holds neither config.json nor tokenizer_config.json."
-        )
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists():
-        return name
-    known = [key for key, folder in bundled().items() if is_model(folder)]
-    raise FileNotFoundError(
-        f"There is no folder {name}; bundled models are {', '.join(known) or 'missing'}, and a model on the "
-        "hub is written ORG/NAME."
-    )
 
 
 def _check_flags(flags: dict[str, Any]) -> None:

@@ -50,6 +50,12 @@ def generate(
     prompt, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if prompt is None:
         prompt = kwargs.get("inputs")
+    if chain.companions and (prompt is None or model.config.is_encoder_decoder):
+        kind = "an encoder-decoder shows it" if model.config.is_encoder_decoder else "a prompt of embeddings shows"
+        raise ValueError(
+            f"The companions of this chain cannot read the prompt: {kind} no tokens of it. Pass input_ids to a "
+            "decoder-only model."
+        )
     if prompt is not None and not model.config.is_encoder_decoder:
         if mask is None:
             mask = _assumed_mask(prompt, setting("pad_token_id"), setting("eos_token_id"))

@@ -7,6 +7,7 @@ registered method against every promise.
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from .artifact import Artifact
+from .companion import Companion
+from .evidence import from_prompt
 from .registry import unknown
 
 
@@ -33,6 +36,19 @@ class Processor(LogitsProcessor):
 
     Parameters are the fields of a dataclass declared with `eq=False`: transformers drops a processor
     that equals an earlier one. Fields that hold an `Artifact` are listed in `artifacts`.
+
+    Fields that hold a `Companion`, a sequence of them or None are listed in `companions`; `context` is then
+    None. For each, in that order, `step` receives a further argument [rows, width] float32: the companion's
+    logits after the same tokens, cut to the width of the scores or filled up with -inf.
+
+        step(tokens, scores, *companion_scores)
+
+    A method whose step depends on how well something predicted the tokens so far gathers `evidence`: numbers
+    that accumulate along a text. It says how many (`evidence_size`), what a token adds (`evidence`), and, if
+    that is no plain sum, how it is added (`accumulate`); its `step` declares the keyword `evidence` and
+    receives [rows, evidence_size] float32, what the tokens so far have added up to, 0 at the start. A chain
+    keeps that for each text while it is generated, and `scoring` for each position. The method itself
+    remembers nothing.
     """
 
     name: ClassVar[str]
@@ -47,7 +63,10 @@ class Processor(LogitsProcessor):
     supports_assisted: ClassVar[bool] = True
     supports_continuous_batching: bool = False  # transformers passes no history there
     argmax_invariant: ClassVar[bool] = False  # True: greedy decoding is unaffected
-    companions: ClassVar[tuple[str, ...]] = ()  # fields that hold an auxiliary model
+    companions: ClassVar[tuple[str, ...]] = ()  # fields that hold auxiliary models
+
+    # How many numbers a text gathers; 0 for a method that needs none. May be a property.
+    evidence_size: int = 0
 
     _reads_generated: ClassVar[bool] = False
 
@@ -58,6 +77,19 @@ class Processor(LogitsProcessor):
 
     def step(self, tokens: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define step().")
+
+    def evidence(self, tokens: Tensor, scores: Tensor | None, *companion_scores: Tensor) -> Tensor | None:
+        """What each row's next token adds: tokens [rows] int64 -> [rows, evidence_size] float32.
+
+        `scores` and `companion_scores` are what `step` received, or would have, before those tokens. `scores`
+        is None for tokens of the prompt: nobody told the chain what the host thought of them. None as the
+        result says that these tokens add nothing and leave no trace.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define evidence().")
+
+    def accumulate(self, total: Tensor, evidence: Tensor) -> Tensor:
+        """What a text has gathered after one more token: both and the result [rows, evidence_size]."""
+        return total + evidence
 
     @classmethod
     def example(cls, width: int) -> Self:
@@ -78,24 +110,58 @@ class Processor(LogitsProcessor):
         """The transformers interface: input_ids [rows, length] int64, scores [rows, width]."""
         return self.apply(input_ids, scores)
 
-    def apply(self, history: Tensor, scores: Tensor, generated: Tensor | None = None) -> Tensor:
+    def apply(
+        self,
+        history: Tensor,
+        scores: Tensor,
+        generated: Tensor | None = None,
+        companion_scores: Sequence[Tensor] | None = None,
+        evidence: Tensor | None = None,
+    ) -> Tensor:
         """Process rows: history [rows, length] int64 (-1 where there is no token), scores [rows, width].
 
-        `generated` is described above; None means that the whole history was generated. The inputs are
-        not modified; the result has the shape, dtype and device of `scores`.
+        `generated` is described above; None means that the whole history was generated, and that companions
+        guess which leading tokens are padding. `companion_scores` and `evidence` are what `step` receives;
+        None: companions are asked now, and all tokens so far count as prompt. The inputs are not modified; the
+        result has the shape, dtype and device of `scores`.
         """
-        tokens = trailing(history, self.context)
         z = scores if scores.dtype is torch.float32 else scores.float()
-        if not self._reads_generated:
-            out = self.step(tokens, z)
-        else:
+        if companion_scores is None:
+            companion_scores = self.consult(history, scores.shape[1], generated)
+        if companion_scores is None:
+            return scores
+        known: dict[str, Tensor] = {}
+        if self.evidence_size:
+            if evidence is None:
+                evidence = from_prompt(self, history, scores.shape[1], generated)
+            known["evidence"] = evidence
+        if self._reads_generated:
             if generated is None:
                 generated = history.new_full((history.shape[0],), history.shape[1])
-            out = self.step(tokens, z, generated=generated)
+            known["generated"] = generated
+        out = self.step(trailing(history, self.context), z, *companion_scores, **known)
         return out if out.dtype is scores.dtype else out.to(scores.dtype)
 
+    def consult(
+        self, history: Tensor, width: int, generated: Tensor | None = None, positions: int | None = None
+    ) -> list[Tensor] | None:
+        """The scores of each companion, as `step` receives them; None when one has no say in these texts.
+
+        [rows, width] each, after the last token; with `positions` [rows, positions, width], after the last ones.
+        """
+        mask = None if generated is None else history >= 0
+        found = [companion(history, mask, positions, generated) for companion in self.auxiliaries()]
+        said = [as_wide(part, width) for part in found if part is not None]
+        return said if len(said) == len(found) else None
+
+    def auxiliaries(self) -> list[Companion]:
+        """The companions of all fields, in order."""
+        values = [getattr(self, key) for key in self.companions]
+        flat = [value if isinstance(value, Sequence) else [value] for value in values if value is not None]
+        return [companion for group in flat for companion in group]
+
     def check_width(self, width: int) -> None:
-        """Raise ValueError when the fitted parts of this processor do not fit scores of this width."""
+        """Raise ValueError when a fitted part or a companion does not fit scores of this width."""
         for artifact in self._artifacts():
             size = artifact.tokenizer["vocab_size"]
             if size > width:
@@ -103,21 +169,26 @@ class Processor(LogitsProcessor):
                     f"{self.name!r} was fitted for a vocabulary of {size} tokens; this model scores "
                     f"{width}. Fit it with this model's tokenizer."
                 )
+        for companion in self.auxiliaries():
+            companion.check_width(width)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise ValueError when a fitted part belongs to another tokenizer."""
+        """Raise ValueError when a fitted part or a companion belongs to another tokenizer."""
         for artifact in self._artifacts():
             artifact.check_tokenizer(tokenizer)
+        for companion in self.auxiliaries():
+            companion.check_tokenizer(tokenizer)
 
     def parameters(self) -> dict[str, Any]:
-        """Field name -> value, artifacts included."""
+        """Field name -> value, artifacts and companions included."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
 
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any], base: Path | None = None) -> Self:
         """Build an instance; artifacts may be given as folders, relative to `base` or bundled by name.
 
-        Unknown parameters raise LookupError with near names.
+        Companions may be given as `Companion.from_parameter` reads them. Unknown parameters raise LookupError
+        with near names.
         """
         known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         for key in parameters:
@@ -135,6 +206,9 @@ class Processor(LogitsProcessor):
         for key, kind in cls.artifacts.items():
             if isinstance(loaded.get(key), str | Path):
                 loaded[key] = kind.load(loaded[key], base=base)
+        for key in cls.companions:
+            if key in loaded:
+                loaded[key] = Companion.from_parameter(loaded[key], base)
         return cls(**loaded)
 
     def _artifacts(self) -> list[Artifact]:
@@ -149,3 +223,10 @@ def trailing(history: Tensor, context: int | None) -> Tensor:
     if history.shape[1] > context:
         return history[:, history.shape[1] - context :]
     return torch.nn.functional.pad(history, (context - history.shape[1], 0), value=-1)
+
+
+def as_wide(scores: Tensor, width: int) -> Tensor:
+    """Cut the last dimension to `width`, or fill it up with -inf: what a companion does not know."""
+    if scores.shape[-1] >= width:
+        return scores[..., :width]
+    return torch.nn.functional.pad(scores, (0, width - scores.shape[-1]), value=-torch.inf)

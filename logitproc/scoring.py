@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from .chain import Chain
+from .chain import Ask, Chain, histories
+from .processor import Processor, as_wide
 
 LOSSES = ("base_nll", "nll")
 DIVERGENCES = ("js", "kl", "reverse_kl", "tv", "agree", "flip")
 
 # Scores processed at once. On a CPU 4 MiB of float32, near the size of its caches; a GPU wants more.
 _ELEMENTS, _ELEMENTS_ON_CPU = 1 << 24, 1 << 20
+_ASKED_AHEAD = 1 << 26  # scores of a companion held at once
 _PIECE = 1 << 20  # characters tokenized at once
 _BUFFER = 32  # batches of windows held back to be grouped by length
 
@@ -58,25 +60,71 @@ def process_positions(
     mask = _mask(input_ids, attention_mask)
     every, max_rows = torch.ones_like(mask), max_rows or _fitting(logits)
     out = torch.empty_like(logits)
-    for b, t, history, generated in _rows(chain, input_ids, mask, prompt_lengths, every, max_rows):
-        out[b, t] = chain.apply(history, logits[b, t], generated)
+    for b, t, _, scores in _processed(chain, input_ids, mask, prompt_lengths, logits, every, max_rows):
+        out[b, t] = scores
     return out
 
 
-def _rows(
-    chain: Chain, ids: Tensor, mask: Tensor, prompt_lengths: Tensor | None, wanted: Tensor, max_rows: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The wanted positions [B, T] in groups: their b and t, history [rows, C] and generated [rows]."""
-    ids = ids.masked_fill(~mask, -1)
+def _processed(
+    chain: Chain, ids: Tensor, mask: Tensor, prompt_lengths: Tensor | None, logits: Tensor, wanted: Tensor,
+    max_rows: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """The wanted positions [B, T] in groups: b, t, raw and processed scores, on the device of the logits."""
+    device, (rows, length, width) = logits.device, logits.shape
     generated = mask.cumsum(1)
     if prompt_lengths is not None:
         generated = (generated - prompt_lengths.to(ids.device)[:, None]).clamp(min=0)
-    for rows in wanted.nonzero().split(max_rows):
-        b, t = rows.unbind(1)
-        width = int(t.max()) + 1 if chain.context is None else chain.context
-        column = t[:, None] - torch.arange(width - 1, -1, -1, device=ids.device)
-        history = ids[b[:, None], column.clamp(min=0)].masked_fill(column < 0, -1)
-        yield b, t, history, generated[b, t]
+    history = ids.masked_fill(~mask, -1)[:, :length].to(device)
+    generated, wanted = generated[:, :length].to(device), wanted[:, :length].to(device)
+    gathers = any(processor.evidence_size for processor in chain.processors)
+    block, totals = length, dict[int, Tensor]()
+    if chain.companions:
+        block = max(2, min(length, _ASKED_AHEAD // (rows * width), max_rows // rows if gathers else length))
+    for start in range(0, length, max(1, block - gathers)):  # evidence: a block begins where the last one ended
+        stop = min(start + block, length)
+        heard = _heard(chain, history[:, :stop], stop - start)
+        if gathers:
+            b, k = torch.ones_like(wanted[:, start:stop]).nonzero().unbind(1)
+            done = chain.apply_positions(
+                history[:, :stop], logits[:, start:stop], generated[:, start:stop],
+                _ask(heard, (b, k), width), totals,
+            )  # fmt: skip
+            totals = {index: total[:, -1] for index, total in done.totals.items()}
+            b, k = wanted[:, start:stop].nonzero().unbind(1)
+            wanted[:, :stop] = False
+            yield b, k + start, logits[b, k + start], done.scores[b, k]
+            continue
+        for at in wanted[:, start:stop].nonzero().split(max_rows):
+            b, k = at.unbind(1)
+            base, texts = logits[b, k + start], histories(history, b, k + start, chain.context)
+            yield b, k + start, base, chain.apply(texts, base, generated[b, k + start], _ask(heard, (b, k), width))
+
+
+def _heard(chain: Chain, history: Tensor, positions: int) -> dict[int, Tensor]:
+    """What each companion says after the last positions of texts [B, T]: [B, positions, width] by its id.
+
+    One with a prompt of its own reads another text at every position: it is left out.
+    """
+    after = (history >= 0).flip(1).cumsum(1).flip(1) == 0  # padding on the right, which no token sees
+    texts = history.masked_fill(after, 0)
+    heard = {}
+    for companion in chain.companions:
+        if companion.prompt is None:
+            companion.check_length(texts.shape[1])
+            scores = companion(texts, texts >= 0, positions)
+            if scores is not None:
+                heard[id(companion)] = scores
+    return heard
+
+
+def _ask(heard: dict[int, Tensor], rows: tuple[Tensor, Tensor], width: int) -> Ask:
+    def ask(processor: Processor, texts: Tensor, generated: Tensor | None) -> list[Tensor] | None:
+        companions = processor.auxiliaries()
+        if all(id(companion) in heard for companion in companions):
+            return [as_wide(heard[id(companion)][rows], width) for companion in companions]
+        return processor.consult(texts, width, generated)
+
+    return ask
 
 
 def _mask(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -135,12 +183,10 @@ def score_tokens(
     values = torch.zeros(len(names), *ids.shape, dtype=torch.float64, device=ids.device)
     if ids.shape[1] > 1:
         logits = model(input_ids=ids.masked_fill(~mask, 0)[:, :-1], use_cache=False).logits
-        rows = _rows(chain, ids, mask, prompt_lengths, scored[:, 1:], _fitting(logits))
-        for b, t, history, generated in rows:
-            base = logits[b.to(logits.device), t.to(logits.device)].float()
-            history, generated = history.to(base.device), generated.to(base.device)
-            processed = chain.apply(history, base, generated)
-            figures = compare(base, processed, ids[b, t + 1].to(base.device), divergence)
+        rows = _processed(chain, ids, mask, prompt_lengths, logits, scored[:, 1:], _fitting(logits))
+        for b, t, base, processed in rows:
+            b, t = b.to(ids.device), t.to(ids.device)
+            figures = compare(base.float(), processed.float(), ids[b, t + 1].to(base.device), divergence)
             values[:, b, t + 1] = torch.stack([figures[name].double() for name in names]).to(ids.device)
     values = torch.zeros_like(values).scatter(2, left.expand_as(values), values)
     result = dict(zip(names, values, strict=True))

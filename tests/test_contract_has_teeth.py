@@ -13,6 +13,7 @@ from conftest import WIDTH
 import logitproc as lp
 from logitproc import registry
 from logitproc.artifact import Artifact
+from logitproc.companion import Companion, tiny_companion
 
 CHECKS = {
     name: check
@@ -57,7 +58,49 @@ class Asocial(PoliteLogitsProcessor):
     supports_assisted: ClassVar = False
 
 
-GOOD = (PoliteLogitsProcessor, Asocial)
+@dataclass(eq=False)
+class Advised(PoliteLogitsProcessor):
+    """Adds what a companion thinks."""
+
+    advisor: Companion | None = None
+    context: ClassVar = None
+    companions: ClassVar = ("advisor",)
+
+    @classmethod
+    def example(cls, width):
+        return cls(advisor=tiny_companion(width))
+
+    @classmethod
+    def neutral(cls, width):
+        return cls(margin=0.0)
+
+    def step(self, tokens, scores, *advice):
+        return scores + self.margin * sum(part.log_softmax(-1).clamp(min=-9) for part in advice)
+
+
+@dataclass(eq=False)
+class Mixes(Advised):
+    """Follows the host or the companion, whichever predicted the text so far."""
+
+    supports_assisted: ClassVar = False
+
+    @property
+    def evidence_size(self):
+        return 0 if self.advisor is None else 2
+
+    def evidence(self, tokens, scores, *advice):
+        both = torch.stack([(advice[0] if scores is None else scores), *advice], -1).log_softmax(1)
+        return both.clamp(min=-9)[torch.arange(len(tokens)), tokens]
+
+    def step(self, tokens, scores, *advice, evidence=None):
+        if self.advisor is None:
+            return scores
+        both = torch.stack([scores, *advice], -1).log_softmax(1) + evidence.log_softmax(-1)[:, None]
+        mixed = both.logsumexp(-1)
+        return torch.where(scores == -torch.inf, scores, mixed)
+
+
+GOOD = (PoliteLogitsProcessor, Asocial, Advised, Mixes)
 BROKEN: list[tuple[type[lp.Processor], str]] = []
 
 
@@ -81,14 +124,14 @@ class Doubles(PoliteLogitsProcessor):
 
 @caught_by("shape_dtype_and_device_are_kept_and_the_arithmetic_is_float32")
 class KeepsFloat32(PoliteLogitsProcessor):
-    def apply(self, history, scores, generated=None):
-        return super().apply(history, scores.float(), generated)
+    def apply(self, history, scores, generated=None, *rest):
+        return super().apply(history, scores.float(), generated, *rest)
 
 
 @caught_by("shape_dtype_and_device_are_kept_and_the_arithmetic_is_float32")
 class ComputesInHalf(PoliteLogitsProcessor):
-    def apply(self, history, scores, generated=None):
-        return super().apply(history, scores.half(), generated).to(scores.dtype)
+    def apply(self, history, scores, generated=None, *rest):
+        return super().apply(history, scores.half(), generated, *rest).to(scores.dtype)
 
 
 @caught_by("a_batch_equals_its_rows_one_by_one_and_in_any_order")
@@ -109,7 +152,7 @@ class Remembers(PoliteLogitsProcessor):
 
 @caught_by("nothing_older_than_the_context_is_read_and_padding_is_no_token")
 class ReadsTooFar(PoliteLogitsProcessor):
-    def apply(self, history, scores, generated=None):
+    def apply(self, history, scores, generated=None, *rest):
         return self.step(history, scores.float()).to(scores.dtype)
 
 
@@ -244,9 +287,9 @@ class OwnRandomness(PoliteLogitsProcessor):
 
 @caught_by("a_prompt_of_embeddings_arrives_as_an_empty_history")
 class NoEmptyHistory(PoliteLogitsProcessor):
-    def apply(self, history, scores, generated=None):
+    def apply(self, history, scores, generated=None, *rest):
         assert history.shape[1] > 0
-        return super().apply(history, scores, generated)
+        return super().apply(history, scores, generated, *rest)
 
 
 @caught_by("it_says_where_it_comes_from_and_what_it_does")
