@@ -134,10 +134,11 @@ def match(
 
     mean [rows, T] is the mean of d that P_a should have. Convex: the gradient is mu - mean + ridge (a - centre), the
     Hessian Sigma + ridge. Newton steps without the coordinates that push against their bound, at most 1 long in
-    any coordinate, and the best of six fractions of each. G does not increase by more than rounding.
+    any coordinate, and the best of six fractions of each; a whole one where G would change by no more than rounding.
+    A row whose step was that small stays.
     """
     d, identity = family.d, torch.eye(family.d.shape[1], dtype=family.d.dtype, device=family.d.device)
-    noise = 1e-14 if d.dtype is torch.float64 else 1e-6  # of G; that close to the minimum a whole step is right
+    noise = 1e-12 if d.dtype is torch.float64 else 1e-5
     within = lambda a: torch.minimum(torch.maximum(a, low), high)
     tilted = lambda a: torch.baddbmm(family.log_w[:, None], a[:, None], d).squeeze(1)
 
@@ -145,7 +146,7 @@ def match(
         return tilted(a).logsumexp(-1) - (a * mean).sum(-1) + ridge / 2 * (a - centre).square().sum(-1)
 
     a = within(torch.full_like(mean, centre))
-    value = objective(a)
+    value, done = objective(a), torch.zeros_like(mean[:, :1], dtype=torch.bool)
     for _ in range(steps):
         q = tilted(a).softmax(-1)[:, None]
         mu = (q @ d.mT).squeeze(1)
@@ -156,14 +157,17 @@ def match(
         hessian = hessian * free[:, :, None] * free[:, None] + torch.diag_embed(1 - free)
         step = -torch.linalg.solve_ex(hessian, (gradient * free)[..., None])[0].squeeze(-1)
         step = step / step.abs().amax(-1, keepdim=True).clamp(min=1)
-        best, least = a, value + noise
+        close = -(gradient * step).sum(-1, keepdim=True) <= noise
+        best, least = a, value
         for fraction in TRIALS:
             trial = within(a + fraction * step)
             now = objective(trial)
             better = now < least
             best, least = torch.where(better[:, None], trial, best), torch.where(better, now, least)
-        moved = best - a
-        a, value = best, torch.minimum(value, least)
-        if a.device.type == "cpu" and bool((moved.abs() <= noise).all()):
+        best = torch.where(close, within(a + step), best)
+        best, value = torch.where(done, a, best), least
+        done = done | (close & ((best - a).abs().amax(-1, keepdim=True) <= noise))
+        a = best
+        if a.device.type == "cpu" and bool(done.all()):
             break
     return a

@@ -232,7 +232,7 @@ def test_a_saved_chain_loads_bit_equal_and_twice_to_the_same_bytes(subject, tmp_
     given = random_rows()
     lp.Chain([subject.make()]).save_pretrained(tmp_path / "one")
     loaded = lp.Chain.from_pretrained(tmp_path / "one")
-    assert torch.equal(loaded.apply(*given), subject.make().apply(*given))
+    assert_equal(loaded.apply(*given), subject.make().apply(*given), subject)
     loaded.save_pretrained(tmp_path / "two")
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
 

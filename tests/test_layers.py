@@ -18,7 +18,7 @@ LAYERS = (
     {"registry", "checks"},
     {"bundled"},
     {"artifact", "counting", "corpus"},
-    {"prior", "arpa", "ledger", "companion", "evidence", "processor", "ops"},
+    {"prior", "arpa", "ledger", "companion", "evidence", "processor", "ops", "tilt"},
     {"methods"},
     {"chain"},
     {"generation", "metrics", "scoring", "features", "diversity"},

@@ -21,14 +21,19 @@ its fixed share is Herbster and Warmuth, "Tracking the Best Expert", Machine Lea
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
 
 from .. import tilt
+from ..checks import in_range, one_of
+from ..companion import Companion, tiny_companion
 from ..ops import plausible, within_budget
+from ..processor import Processor
+from ..registry import register
 
 Mode = Literal["static", "grid", "newton", "select", "match", "mixture"]
 Kind = Literal["level", "shift"]
@@ -196,28 +201,235 @@ def _points(low: float, high: float) -> range:
 # --- mixture ---
 
 
-def mix(components: Sequence[Tensor], log_weights: Tensor) -> Tensor:
-    """ln sum over j of w_j softmax(component_j), [rows, V]; components [rows, V] each, log_weights [rows, M].
+def candidates(host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float]) -> list[Tensor]:
+    """The components of a mixture, [rows, V] scores each: host, experts, and each expert fused at each alpha.
 
-    One component is returned as it came. Identical components give their common softmax.
+    What the host forbids is forbidden in all; an expert that leaves nothing else is replaced by the host.
+    """
+    own, fused = list(experts), []
+    for t, expert in enumerate(experts):
+        s = shifts(host, base, [expert])
+        fused += [shift(host, s, torch.full_like(host[:, :1], alpha)) for alpha in alphas]
+        if s.inside is not None:
+            common = (host > FORBIDDEN) & (expert > FORBIDDEN)
+            own[t] = torch.where(common.any(-1, keepdim=True), expert.masked_fill(~common, -torch.inf), host)
+    return [host, *own, *fused]
+
+
+def mix(components: Sequence[Tensor], log_weights: Tensor) -> Tensor:
+    """ln sum over j of w_j softmax(component_j), [rows, V]; components [rows, V], log_weights [rows, M].
+
+    One component is returned as it came. A row of -inf stays one.
     """
     if len(components) == 1:
         return components[0]
-    out = components[0].log_softmax(-1).add_(log_weights[:, :1])
+    log_w = log_weights.log_softmax(-1)
+    out = components[0].log_softmax(-1).add_(log_w[:, :1])
     for j, scores in enumerate(components[1:], 1):
-        out = torch.logaddexp(out, scores.log_softmax(-1).add_(log_weights[:, j : j + 1]))
-    return out
+        out = torch.logaddexp(out, scores.log_softmax(-1).add_(log_w[:, j : j + 1]))
+    return out.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
 def updated(log_weights: Tensor, log_likelihood: Tensor, share: float) -> Tensor:
     """Weights after a token: w_j ~ w_j pi_j(token), then w_j = (1 - share) w_j + share / M; ln, [rows, M].
 
     log_likelihood [rows, M] holds ln pi_j(token). A component that gave the token probability 0 has weight 0, and
-    with a share recovers. A token that no component of any weight thought possible makes all weights equal.
+    with a share recovers. A token that no component thought possible makes all weights equal.
     """
     count = log_weights.shape[1]
-    w = (log_weights + log_likelihood).log_softmax(-1).nan_to_num(nan=-math.log(count), neginf=-torch.inf)
+    log_w = (log_weights + log_likelihood).log_softmax(-1).nan_to_num(nan=-math.log(count), neginf=-torch.inf)
     if not share:
-        return w
-    even = torch.full_like(w, math.log(share / count))
-    return torch.logaddexp(w + math.log1p(-share), even)
+        return log_w
+    even = torch.full_like(log_w, math.log(share / count))
+    return torch.logaddexp(log_w + math.log1p(-share), even)
+
+
+# --- processor ---
+
+
+@register("fusion", paper="arXiv:2406.15480")
+@dataclass(eq=False)  # generate() drops a processor that equals an earlier one
+class DynamicFusionLogitsProcessor(Processor):
+    """Give a large model what small ones learned, with no training: proxy tuning, dynamic fusion, Bayes mixture.
+
+    scores [rows, width] -> z' [rows, width], nats, with the scores of a small base model and of one or more
+    experts fine-tuned from it, all of one tokenizer; equations in the module's docstring. The host is whatever
+    the scores say, so it includes earlier processors; temperature and top-p act on the result. Models are
+    `Companion`s, or in a chain file their folders or names.
+
+    Parameters:
+        expert: the fine-tuned small model, or a sequence of them.
+        base: the small model before fine-tuning.
+        mode: "static", "grid", "newton", "select", "match" or "mixture", the default. "grid" and "newton" take
+            one expert; "select" is "grid" for several.
+        target: which divergence "newton" makes equal, "R", "F" or "J".
+        alpha: of "static", a number or one an expert, 1 by default; of "mixture", the static fusions that take
+            part, 0.5, 1 and 1.5 by default.
+        bounds: (low, high) of alpha, or one pair an expert; not for "static" and "mixture".
+        kind: "level" or "shift", for "match".
+        weights: of the experts in "match": "uniform", "evidence", or a number each.
+        ridge, centre: of "match", rho / 2 |alpha - centre|^2.
+        kl_budget: bound on KL(P', P) in nats; z' is moved towards z until it holds.
+        plausibility: in [0, 1]; tokens with p < plausibility max p are forbidden, after everything else.
+        evidence_from: the tokens that "mixture" and weights "evidence" learn from: "all", "prompt" or "none".
+            The small base stands in for the host on tokens of a prompt, which the host's scores do not reach.
+        share: in [0, 0.1], of the weight that is spread evenly after every token. With 0 the loss of "mixture" on
+            a text is at most that of its best component plus ln M nats, M = 1 + T + T len(alpha).
+
+    Raises ValueError for a parameter outside its range or of another mode's number of experts. Source:
+    arXiv:2406.15480, section 3 ("grid", "select"); arXiv:2401.08565 ("static").
+
+    Where all alpha are 0 the scores are returned bit for bit. Beams are safe. What has learned from generated
+    tokens cannot be rolled back: assisted decoding is refused with evidence.
+
+    Example:
+        >>> import logitproc as lp
+        >>> spec = [{"name": "fusion", "expert": "mini-expert", "base": "mini"}]
+        >>> chain = lp.Chain.from_spec(spec)  # doctest: +SKIP
+    """
+
+    expert: Companion | Sequence[Companion]
+    base: Companion
+    mode: Mode = "mixture"
+    target: tilt.Target = "J"
+    alpha: float | Sequence[float] | None = None
+    bounds: Sequence[float] | Sequence[tuple[float, float]] = (0.0, 2.0)
+    kind: Kind = "level"
+    weights: str | Sequence[float] = "uniform"
+    ridge: float = 1e-3
+    centre: float = 0.0
+    kl_budget: float | None = None
+    plausibility: float = 0.0
+    evidence_from: Literal["all", "prompt", "none"] = "all"
+    share: float = 0.02
+
+    companions: ClassVar = ("base", "expert")
+    context = None
+
+    def __post_init__(self) -> None:
+        experts = list(self.expert) if isinstance(self.expert, Sequence) else [self.expert]
+        for key, model in (("base", self.base), *(("expert", expert) for expert in experts)):
+            if not isinstance(model, Companion):
+                raise ValueError(f"{key} must be a Companion (Companion.load(NAME)), got {type(model).__name__}.")
+        one_of("mode", self.mode, get_args(Mode))
+        one_of("target", self.target, get_args(tilt.Target))
+        one_of("kind", self.kind, get_args(Kind))
+        one_of("evidence_from", self.evidence_from, ("all", "prompt", "none"))
+        in_range("ridge", self.ridge, 0, math.inf)
+        in_range("plausibility", self.plausibility, 0, 1)
+        in_range("share", self.share, 0, 0.1)
+        if self.kl_budget is not None:
+            in_range("kl_budget", self.kl_budget, 0, math.inf)
+        self._count = len(experts)
+        if not experts:
+            raise ValueError(f"mode={self.mode!r} needs at least one expert, got none.")
+        if self.mode in ("grid", "newton") and self._count > 1:
+            raise ValueError(
+                f"mode={self.mode!r} takes one expert, got {self._count}; use 'mixture', 'match' or 'select'."
+            )
+        self._alpha, self._bounds = self._read_alpha(), self._read_bounds()
+        self._weights = self._read_weights()
+        self._learns = self.mode == "mixture" or (self.mode == "match" and self.weights == "evidence")
+        learning = self._learns and self.evidence_from != "none"
+        self.evidence_size = 0
+        if learning:
+            self.evidence_size = self._count if self.mode == "match" else 1 + self._count * (1 + len(self._alpha))
+        self.supports_assisted = not learning  # type: ignore[misc]
+
+    def _read_alpha(self) -> list[float]:
+        given = self.alpha
+        if given is None:
+            given = 1.0 if self.mode == "static" else (0.5, 1.0, 1.5)
+        alpha = list(given) if isinstance(given, Sequence) else [given]
+        for value in alpha:
+            in_range("alpha", value, -1e4, 1e4)
+        if self.mode == "static" and len(alpha) not in (1, self._count):
+            raise ValueError(f"alpha must be a number, or one an expert ({self._count}), got {self.alpha!r}.")
+        return alpha * self._count if self.mode == "static" and len(alpha) == 1 else alpha
+
+    def _read_bounds(self) -> list[tuple[float, float]]:
+        pairs: list = [self.bounds] if isinstance(self.bounds[0], int | float) else list(self.bounds)
+        if len(pairs) not in (1, self._count) or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"bounds must be (low, high), or one such pair an expert, got {self.bounds!r}.")
+        for low, high in pairs:
+            in_range("bounds", low, 0, 100)
+            in_range("bounds", high, low, 100)
+            if self.mode in ("grid", "select") and not _points(low, high):
+                raise ValueError(f"bounds must hold a multiple of 0.1 for mode={self.mode!r}, got {self.bounds!r}.")
+        return [(float(low), float(high)) for low, high in pairs]
+
+    def _read_weights(self) -> list[float]:
+        """One a expert; they add up to 1."""
+        if isinstance(self.weights, str):
+            one_of("weights", self.weights, ("uniform", "evidence"))
+            return [1 / self._count] * self._count
+        if len(self.weights) != self._count:
+            raise ValueError(f"weights must be one number an expert ({self._count}), got {self.weights!r}.")
+        for value in self.weights:
+            in_range("weights", value, 0, math.inf)
+        if not sum(self.weights):
+            raise ValueError("weights must not all be 0.")
+        return [value / sum(self.weights) for value in self.weights]
+
+    @classmethod
+    def example(cls, width: int) -> Self:
+        return cls(expert=tiny_companion(width, 1), base=tiny_companion(width, 0), mode="newton")
+
+    @classmethod
+    def neutral(cls, width: int) -> Self:
+        return cls(expert=tiny_companion(width, 1), base=tiny_companion(width, 0), mode="static", alpha=0.0)
+
+    @classmethod
+    def variants(cls, width: int) -> dict[str, Processor]:
+        one = {"expert": tiny_companion(width, 1), "base": tiny_companion(width, 0)}
+        two = one | {"expert": (tiny_companion(width, 1), tiny_companion(width, 2))}
+        return {
+            "static": cls(**two, mode="static", alpha=(1.0, -0.5)),
+            "grid": cls(**one, mode="grid"),
+            "newton": cls(**one, mode="newton", target="F", plausibility=0.01),
+            "select": cls(**two, mode="select"),
+            "match": cls(**two, mode="match", weights=(3, 1)),
+            "learning": cls(**two, mode="match", kind="shift", weights="evidence", share=0.0),
+            "mixture": cls(**two, kl_budget=0.5),
+            "prompt": cls(**one, evidence_from="prompt"),
+            "even": cls(**one, evidence_from="none"),
+        }
+
+    def step(
+        self, tokens: Tensor, scores: Tensor, base: Tensor, *experts: Tensor, evidence: Tensor | None = None
+    ) -> Tensor:
+        if self.mode == "mixture":
+            components = candidates(scores, base, experts, self._alpha)
+            equal = scores.new_zeros(len(scores), len(components))
+            out = mix(components, equal if evidence is None else evidence)
+        elif self.mode == "static":
+            alpha = scores.new_tensor(self._alpha).expand(len(scores), -1)
+            out = shift(scores, shifts(scores, base, experts), alpha)
+        else:
+            weights = scores.new_tensor(self._weights).expand(len(scores), -1)
+            weights = weights if evidence is None else evidence.softmax(-1)
+            out = fuse(
+                scores, base, experts, self.mode, target=self.target, bounds=self._bounds, kind=self.kind,
+                weights=weights, ridge=self.ridge, centre=self.centre,
+            ).scores  # fmt: skip
+        if self.kl_budget is not None:
+            change = torch.where(scores > -torch.inf, out - scores, 0.0)
+            fraction = within_budget(scores, change, self.kl_budget)
+            out = torch.where(fraction > 0, scores + fraction * change, scores)
+        if self.plausibility:
+            out = out.masked_fill(~plausible(scores.softmax(-1), self.plausibility), -torch.inf)
+        return out
+
+    def evidence(self, tokens: Tensor, scores: Tensor | None, base: Tensor, *experts: Tensor) -> Tensor | None:
+        """ln of what each component gave the token, [rows, M]."""
+        if scores is not None and self.evidence_from == "prompt":
+            return None
+        if self.mode == "match":
+            components = list(experts)
+        else:
+            components = candidates(base if scores is None else scores, base, experts, self._alpha)
+        found = [c.gather(-1, tokens[:, None]).squeeze(-1) - c.logsumexp(-1) for c in components]
+        return torch.stack(found, 1).nan_to_num(nan=0.0, neginf=-torch.inf)
+
+    def accumulate(self, total: Tensor, evidence: Tensor) -> Tensor:
+        return updated(total, evidence, self.share)
