@@ -123,8 +123,8 @@ def grid(family: Family, kl: Tensor, reverse_kl: Tensor, points: range) -> tuple
         e *= ratio
     loss = torch.stack(losses, -1).nan_to_num(torch.inf)
     best = loss.argmin(-1, keepdim=True)  # the first one on ties
-    a = torch.tensor([k / 10 for k in points], dtype=d.dtype, device=d.device)
-    return a[best.squeeze(-1)], loss.gather(-1, best).squeeze(-1)
+    found = (best.squeeze(-1) + points[0]).to(d.dtype) / 10
+    return found, loss.gather(-1, best).squeeze(-1)
 
 
 def match(

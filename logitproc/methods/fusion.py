@@ -20,10 +20,11 @@ temperature acts after fusion; everything but `static`, `grid` and `select`. The
 its fixed share is Herbster and Warmuth, "Tracking the Best Expert", Machine Learning 32 (1998).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -95,16 +96,17 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
     options = (mode, target, bounds, kind, ridge, centre, steps)
     on_cpu = host.device.type == "cpu"
     rows = max(1, torch.get_num_threads() * CACHED // host.shape[1] if on_cpu else len(host))
-    part = lambda x, i: None if x is None else x[i : i + rows]
+    if weights is None:
+        weights = host.new_full((len(host), len(experts)), 1 / len(experts))
     parts = [
-        _fuse(part(host, i), part(base, i), [e[i : i + rows] for e in experts], part(weights, i), *options)
-        for i in range(0, max(1, len(host)), rows)
+        _fuse(host[i], base[i], [e[i] for e in experts], weights[i], *options)
+        for i in (slice(start, start + rows) for start in range(0, max(1, len(host)), rows))
     ]
     return parts[0] if len(parts) == 1 else Fusion(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _fuse(
-    host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor | None, mode: Mode, target: tilt.Target,
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, mode: Mode, target: tilt.Target,
     bounds: Sequence[tuple[float, float]], kind: Kind, ridge: float, centre: float, steps: int,
 ) -> Fusion:  # fmt: skip
     s = shifts(host, base, experts)
@@ -119,16 +121,15 @@ def _fuse(
         a, beyond = tilt.root(family, c.variance[:, 0], goal, target, high, steps)
         a = a.clamp(min=low)[:, None]
     elif mode == "match":
-        w = torch.full_like(c.kl, 1 / count) if weights is None else weights.to(c.kl.dtype)
-        goal = (w[:, None] @ c.expert_mean).squeeze(1)
+        goal = (weights[:, None] @ c.expert_mean).squeeze(1)
         if kind == "shift":
             goal = goal + family.mean - c.base_mean
-        low, high = (c.kl.new_tensor(side).expand(rows, count) for side in zip(*bounds, strict=True))
-        a = tilt.match(family, goal, low, high, ridge, centre, steps)
+        sides = c.kl.new_tensor(bounds).expand(rows, count, 2)
+        a = tilt.match(family, goal, sides[..., 0], sides[..., 1], ridge, centre, steps)
     else:  # grid; for several experts select: each on its grid against the mean of the divergences, the best acts
         kl, reverse_kl = c.kl.mean(1), c.reverse_kl.mean(1)
         found = [tilt.grid(family.one(t), kl, reverse_kl, _points(*bounds[t])) for t in range(count)]
-        best, loss = (torch.stack(part, 1) for part in zip(*found, strict=True))
+        best, loss = torch.stack([a for a, _ in found], 1), torch.stack([loss for _, loss in found], 1)
         a = best * torch.nn.functional.one_hot(loss.argmin(1), count)
     a = torch.where(dead, 0.0, a)
     return Fusion(shift(host, s, a), a, c.kl, c.reverse_kl, beyond & ~dead[:, 0], dead)
@@ -348,7 +349,9 @@ class DynamicFusionLogitsProcessor(Processor):
         return alpha * self._count if self.mode == "static" and len(alpha) == 1 else alpha
 
     def _read_bounds(self) -> list[tuple[float, float]]:
-        pairs: list = [self.bounds] if isinstance(self.bounds[0], int | float) else list(self.bounds)
+        pairs: list[Any] = list(self.bounds)
+        if all(isinstance(bound, int | float) for bound in pairs):
+            pairs = [pairs]
         if len(pairs) not in (1, self._count) or any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"bounds must be (low, high), or one such pair an expert, got {self.bounds!r}.")
         for low, high in pairs:
@@ -381,23 +384,24 @@ class DynamicFusionLogitsProcessor(Processor):
 
     @classmethod
     def variants(cls, width: int) -> dict[str, Processor]:
-        one = {"expert": tiny_companion(width, 1), "base": tiny_companion(width, 0)}
-        two = one | {"expert": (tiny_companion(width, 1), tiny_companion(width, 2))}
+        first, second, base = (tiny_companion(width, seed) for seed in (1, 2, 0))
+        one, two = functools.partial(cls, first, base), functools.partial(cls, (first, second), base)
         return {
-            "static": cls(**two, mode="static", alpha=(1.0, -0.5)),
-            "grid": cls(**one, mode="grid"),
-            "newton": cls(**one, mode="newton", target="F", plausibility=0.01),
-            "select": cls(**two, mode="select"),
-            "match": cls(**two, mode="match", weights=(3, 1)),
-            "learning": cls(**two, mode="match", kind="shift", weights="evidence", share=0.0),
-            "mixture": cls(**two, kl_budget=0.5),
-            "prompt": cls(**one, evidence_from="prompt"),
-            "even": cls(**one, evidence_from="none"),
+            "static": two("static", alpha=(1.0, -0.5)),
+            "grid": one("grid"),
+            "newton": one("newton", target="F", plausibility=0.01),
+            "select": two("select"),
+            "match": two("match", weights=(3, 1)),
+            "learning": two("match", kind="shift", weights="evidence", share=0.0),
+            "mixture": two("mixture", kl_budget=0.5),
+            "prompt": one("mixture", evidence_from="prompt"),
+            "even": one("mixture", evidence_from="none"),
         }
 
     def step(
-        self, tokens: Tensor, scores: Tensor, base: Tensor, *experts: Tensor, evidence: Tensor | None = None
+        self, tokens: Tensor, scores: Tensor, *companion_scores: Tensor, evidence: Tensor | None = None
     ) -> Tensor:
+        base, *experts = companion_scores
         if self.mode == "mixture":
             components = candidates(scores, base, experts, self._alpha)
             equal = scores.new_zeros(len(scores), len(components))
@@ -420,8 +424,9 @@ class DynamicFusionLogitsProcessor(Processor):
             out = out.masked_fill(~plausible(scores.softmax(-1), self.plausibility), -torch.inf)
         return out
 
-    def evidence(self, tokens: Tensor, scores: Tensor | None, base: Tensor, *experts: Tensor) -> Tensor | None:
+    def evidence(self, tokens: Tensor, scores: Tensor | None, *companion_scores: Tensor) -> Tensor | None:
         """ln of what each component gave the token, [rows, M]."""
+        base, *experts = companion_scores
         if scores is not None and self.evidence_from == "prompt":
             return None
         if self.mode == "match":
