@@ -1,0 +1,346 @@
+"""The study of `suppression`: labelled data sets made with and without it, at equal diversity.
+
+    python eval/suppression_study.py adapt  --tasks DATA --out runs/suppression    the model learns the text types
+    python eval/suppression_study.py choose --tasks DATA --out runs/suppression    every arm, seed 0
+    python eval/suppression_study.py report --tasks DATA --out runs/suppression    the arms that matter, seeds 1 and 2
+
+DATA holds `sst2/` and `subj/`. Half A of the real training data adapts the bundled `base` to prompts such as
+"Elements: positive sentiment\\nMovie review:" and is the reference of the rule "ratio"; half B trains the oracles,
+and what it shares with A counts for nothing else. A cell is a data set of ITEMS texts, balanced over labels, made in
+ROUNDS rounds between which the ledger is updated; it is stored and never made twice.
+
+Rule of judgement, fixed before the first run:
+
+1. Signs. The published signs are read at seeds 1 and 2 against plain sampling at T = .3: `paper` alone, T = 1.3 alone,
+   and both. A sign holds where both seeds show it, on both tasks.
+2. Equal diversity. Each arm is a curve over its settings. It is compared with another curve at the diversity that
+   `paper` reaches at T = .7 and strength 7.5 or, if that is beyond either curve, at the largest diversity that both
+   reach; once for Vendi and once for distinct-3; linear interpolation. Label accuracy is the mean of two oracles
+   (logistic regression and naive Bayes on words). Intervals are 95 %, by bootstrap over data sets and items.
+3. Choice, on seed 0 alone. Default: the family of LIBRARY with the highest label accuracy minus that of the best
+   baseline at equal diversity, averaged over tasks and both diversities. Best baseline: the one of BASELINES with the
+   highest label accuracy there, for each task and diversity.
+4. Verdict, on seeds 1 and 2. The default is better than `paper` where the interval of the difference of label
+   accuracies is above 0 and that of base nats below 0; it is not below the best baseline where the interval of label
+   accuracy is above -1 point and that of base nats below +.05. Both are asked for on each task and diversity.
+5. Students (logistic regression on words, trained on a data set, tested on real data), with the prompted labels and
+   with labels replaced by the first oracle's: the default passes where its best setting is not more than one point
+   below the best setting of any arm.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper,
+)  # fmt: skip
+
+import logitproc as lp
+from logitproc.artifact import new_file, write_text
+from logitproc.assessment import Bayes, Linear
+from logitproc.diversity import distance_to, remote_clique, same_length, vendi, words
+from logitproc.features import SentenceFeatures
+from logitproc.metrics import distinct_n
+from logitproc.methods.suppression import exempt_ids
+
+ITEMS, ROUNDS, LONGEST = 1000, 10, 60
+ADAPT_ITEMS, EPOCHS, LEARNING_RATE, BATCH = 3460, 4, 1e-3, 48
+
+
+class Task(NamedTuple):
+    """A real data set, and the words that ask a model for such texts."""
+
+    text_type: str
+    labels: dict[str, str]  # label in the file -> wording
+    split: Callable[[Path], tuple[list, list, list]]  # half A, half B, test: (text, label) pairs
+
+    def prompt(self, label: str) -> str:
+        return f"Elements: {self.labels[label]}\n{self.text_type}:"
+
+
+def _lines(path: Path, separator: str, encoding: str = "utf-8") -> list[tuple[str, str]]:
+    lines = path.read_text(encoding=encoding).split("\n")  # splitlines would split at latin-1's 0x85
+    pairs = (line.split(separator, 1) for line in lines if line.strip())
+    return [(" ".join(text.split()), label) for label, text in pairs]
+
+
+def _halves(pairs: list) -> tuple[list, list]:
+    shuffled = random.Random(0).sample(pairs, len(pairs))
+    return shuffled[: len(pairs) // 2], shuffled[len(pairs) // 2 :]
+
+
+def _sst2(data: Path) -> tuple[list, list, list]:
+    return *_halves(_lines(data / "sst2/train.tsv", "\t")), _lines(data / "sst2/test.tsv", "\t")
+
+
+def _subj(data: Path) -> tuple[list, list, list]:
+    test, train = _halves(_lines(data / "subj/subj.all", " ", "latin-1"))
+    return *_halves(train), test
+
+
+TASKS = {
+    "sst2": Task("Movie review", {"1": "positive sentiment", "0": "negative sentiment"}, _sst2),
+    "subj": Task("Sentence from a movie review", {"0": "subjective statement", "1": "objective statement"}, _subj),
+}
+
+
+# --- arms ---
+
+
+class FrequencyPenalty(lp.Processor):
+    """z - a c, c how often the text at hand holds the token: the penalty of hosted APIs. [rows, width]"""
+
+    context = None
+
+    def __init__(self, amount: float):
+        self.amount = amount
+
+    def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
+        age = torch.arange(tokens.shape[1], 0, -1)
+        counted = (age <= generated[:, None]) & (tokens >= 0)
+        return scores.scatter_add(1, tokens.clamp(min=0), -self.amount * counted.to(scores.dtype))
+
+
+class XTC:
+    """With probability `chance`, a step drops every token of p >= threshold but the least likely of them.
+
+    Nothing is dropped where the end of the text would be (text-generation-webui, pull request 6335).
+    """
+
+    def __init__(self, chance: float, threshold: float, eos: int, generator: torch.Generator):
+        self.chance, self.threshold, self.eos, self.generator = chance, threshold, eos, generator
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        p = scores.softmax(-1)
+        top = p >= self.threshold
+        least = torch.where(top, p, 2.0).argmin(-1, keepdim=True)
+        drop = top.scatter(1, least, False)
+        acts = torch.rand(len(p), generator=self.generator) < self.chance
+        return scores.masked_fill(drop & (acts & ~drop[:, self.eos])[:, None], -torch.inf)
+
+
+def arms() -> dict[str, list[dict[str, Any]]]:
+    """Family -> settings along its curve. `T` is the temperature; other keys as `Study.processors` reads them."""
+    ratio, dry = {"rule": "ratio"}, {"rule": "dry", "length": 3, "strength": 1.0}
+    at = lambda t, *rules: {"T": t, "rules": list(rules)}
+    return {
+        "temperature": [{"T": t} for t in (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)],
+        "frequency": [{"T": 0.7, "frequency": a} for a in (0.5, 1.0, 2.0)],
+        "min-p .1": [{"T": t, "min_p": 0.1} for t in (1.0, 1.5, 2.0, 3.0)],
+        "min-p .05": [{"T": t, "min_p": 0.05} for t in (1.0, 1.5, 2.0)],
+        "xtc": [{"T": t, "xtc": 0.1} for t in (0.7, 0.9, 1.1)],
+        "paper": [at(0.7, {"rule": "paper", "strength": s}) for s in (1.0, 2.5, 7.5)],
+        "paper exempt": [at(0.7, {"rule": "paper", "exempt": True, "strength": s}) for s in (2.5, 7.5)],
+        "paper signs": [at(t, {"rule": "paper"}) for t in (0.3, 1.3)],
+        "ratio": [at(0.7, ratio | {"strength": s}) for s in (0.5, 1.0, 2.0, 4.0)],
+        "ratio common": [at(0.7, ratio | {"scope": "common", "strength": s}) for s in (1.0, 2.0, 4.0)],
+        "ratio label": [at(0.7, ratio | {"scope": "label", "strength": s}) for s in (1.0, 2.0, 4.0)],
+        "ratio 1, T": [at(t, ratio | {"strength": 1.0}) for t in (0.5, 0.9, 1.1)],
+        "dry": [at(0.7, dry | {"strength": s}) for s in (0.5, 1.0, 2.0, 4.0)],
+        "dry, T": [at(t, dry | {"strength": 2.0}) for t in (0.5, 0.9, 1.1)],
+        "ratio + dry": [at(0.7, ratio | {"strength": s}, dry | {"strength": 2.0}) for s in (1.0, 2.0, 4.0)],
+    }  # fmt: skip
+
+
+BASELINES = ("temperature", "frequency", "min-p .1", "min-p .05", "xtc")
+LIBRARY = ("ratio", "ratio common", "ratio label", "ratio 1, T", "dry", "dry, T", "ratio + dry")
+
+
+# --- cells ---
+
+
+class Item(NamedTuple):
+    label: str
+    text: str
+    base_nll: float  # nats a token, the end of the text included, of the adapted model at T = 1
+    tokens: int
+
+
+class Study:
+    """One task: the adapted model, real data, and the cells made so far."""
+
+    def __init__(self, name: str, data: Path, out: Path):
+        self.name, self.task, self.out = name, TASKS[name], out
+        self.half_a, self.half_b, self.test = self.task.split(data)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(lp.pocket("base"))
+
+    @cached_property
+    def model(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.out / "adapted", dtype=torch.bfloat16).eval()
+
+    def reference(self, label: str | None = None) -> lp.NGramPrior:
+        folder = self.out / self.name / f"reference-{label}"
+        if not folder.exists():
+            texts = [text for text, of in self.half_a if label in (None, of)]
+            lp.NGramPrior.fit(texts, self.tokenizer, order=1, out=folder)
+        return lp.NGramPrior.load(folder)
+
+    @cached_property
+    def exempt(self) -> tuple[int, ...]:
+        return exempt_ids(self.tokenizer, punctuation=True, digits=True, function_words=True,
+                          words=[word for wording in self.task.labels.values() for word in wording.split()])  # fmt: skip
+
+    def cell(self, setting: dict[str, Any], seed: int) -> list[Item]:
+        """The data set of one setting and seed, made once."""
+        file = self.out / self.name / f"{slug(setting)}-{seed}.jsonl"
+        if not file.exists():
+            start = time.time()
+            items = self.make(setting, seed)
+            with new_file(file) as lines:
+                lines.writelines(json.dumps(item) + "\n" for item in items)
+            took = time.time() - start
+            print(f"{self.name} {slug(setting)} seed {seed}: {took:.0f} s", file=sys.stderr, flush=True)
+        return [Item(*json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def make(self, setting: dict[str, Any], seed: int) -> list[Item]:
+        generator = torch.Generator().manual_seed(seed)
+        ledger = lp.TokenLedger(self.tokenizer, texts=True)
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(setting["T"])])
+        if "min_p" in setting:
+            warpers.append(MinPLogitsWarper(setting["min_p"]))
+        if "xtc" in setting:
+            warpers.append(XTC(0.5, setting["xtc"], self.tokenizer.eos_token_id, generator))
+        made: dict[str, list[list[int]]] = {label: [] for label in self.task.labels}
+        n = ITEMS // ROUNDS // len(made)
+        for number in range(ROUNDS):
+            frozen = ledger.view()
+            for label, rows in made.items():
+                chain = lp.Chain(self.processors(setting, frozen, label))
+                new = sample(self.model, chain, warpers, self.prompt(label), n, generator, self.tokenizer.eos_token_id)
+                ledger.update(new, label, number)
+                rows += new
+        return [item for label, rows in made.items() for item in self.scored(label, rows)]
+
+    def processors(self, setting: dict[str, Any], ledger: lp.TokenLedger, label: str) -> list[lp.Processor]:
+        found: list[lp.Processor] = [FrequencyPenalty(setting["frequency"])] if "frequency" in setting else []
+        for rule in setting.get("rules", []):
+            options = rule | {"label": label}
+            if options.pop("exempt", False):
+                options["exempt"] = self.exempt
+            if rule["rule"] == "ratio":
+                options["reference"] = self.reference(label if rule.get("scope") == "label" else None)
+            found.append(lp.SuppressionLogitsProcessor(ledger, **options))
+        return found
+
+    def prompt(self, label: str) -> list[int]:
+        return self.tokenizer(self.task.prompt(label))["input_ids"]
+
+    @torch.no_grad()
+    def scored(self, label: str, rows: list[list[int]]) -> Iterable[Item]:
+        prompt = self.prompt(label)
+        for start in range(0, len(rows), 100):
+            batch = rows[start : start + 100]
+            nll = losses(self.model, [(prompt, row) for row in batch], self.tokenizer.eos_token_id)
+            for row, value in zip(batch, nll, strict=True):
+                text = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+                yield Item(label, text, value.sum().item() / (len(row) + 1), len(row))
+
+
+def slug(setting: dict[str, Any]) -> str:
+    """A file name: `T0.7-ratio-strength2`."""
+    parts = [f"{key}{value:g}" for key, value in setting.items() if key != "rules"]
+    for rule in setting.get("rules", []):
+        parts += [rule["rule"], *(f"{key}{value}" for key, value in rule.items() if key != "rule")]
+    return "-".join(parts)
+
+
+@torch.no_grad()
+def sample(
+    model: Any, chain: lp.Chain, warpers: LogitsProcessorList, prompt: list[int], rows: int,
+    generator: torch.Generator, eos: int,
+) -> list[list[int]]:  # fmt: skip
+    """`rows` continuations of one prompt, without EOS: `generate`, but the prompt is read once and rows that
+    have ended leave the batch."""
+    bound = chain.bind(torch.tensor([prompt]))
+    out = model(torch.tensor([prompt]), use_cache=True)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(rows)
+    logits = out.logits[:, -1].float().repeat(rows, 1)
+    history = torch.tensor([prompt]).repeat(rows, 1)
+    ended = torch.zeros(rows, dtype=torch.bool)
+    done: list[list[int]] = []
+    for step in range(LONGEST):
+        scores = warpers(history, bound(history, logits))
+        chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+        history = torch.cat([history, chosen], dim=1)
+        ended |= chosen[:, 0] == eos
+        if ended.sum() * 8 > len(ended) or step == LONGEST - 1:
+            leaving = ended if step < LONGEST - 1 else torch.ones_like(ended)
+            done += [_up_to(row[len(prompt) :], eos) for row in history[leaving].tolist()]
+            stay = (~leaving).nonzero()[:, 0]
+            if not len(stay):
+                break
+            history, chosen, ended = history[stay], chosen[stay], ended[stay]
+            cache.batch_select_indices(stay)
+        logits = model(chosen, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    return done
+
+
+def _up_to(row: list[int], eos: int) -> list[int]:
+    return row[: row.index(eos)] if eos in row else row
+
+
+def losses(model: Any, pairs: Sequence[tuple[list[int], list[int]]], eos: int) -> Tensor:
+    """-ln p of each token of the second parts and of the end, [pairs, longest], 0 elsewhere."""
+    whole = [[*prompt, *text, eos] for prompt, text in pairs]
+    longest = max(map(len, whole))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in whole])
+    target = torch.tensor([[-100] * len(p) + [*t, eos] + [-100] * (longest - len(p) - len(t) - 1) for p, t in pairs])
+    logits = model(ids[:, :-1], use_cache=False).logits.float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), target[:, 1:], reduction="none")
+
+
+# --- adaptation ---
+
+
+def adapt(studies: list[Study], out: Path) -> None:
+    """Fine-tune `base` on half A of all tasks; the loss on half B picks the epoch."""
+    torch.manual_seed(0)
+    tokenizer = studies[0].tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(lp.pocket("base"), dtype=torch.float32).train()
+    pairs = lambda s, texts: [(s.prompt(x), tokenizer(t, add_special_tokens=False)["input_ids"]) for t, x in texts]
+    train = [p for s in studies for p in pairs(s, s.half_a[:ADAPT_ITEMS])]
+    held_out = [p for s in studies for p in pairs(s, s.half_b[:300])]
+    steps = EPOCHS * math.ceil(len(train) / BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    best = math.inf
+    for epoch in range(EPOCHS):
+        for batch in batches(train, seed=epoch):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = losses(model, batch, tokenizer.eos_token_id)
+            (loss.sum() / (loss > 0).sum()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = [losses(model, held_out[i : i + 100], tokenizer.eos_token_id) for i in range(0, len(held_out), 100)]
+        mean = sum(f.sum() for f in found) / sum((f > 0).sum() for f in found)
+        print(f"epoch {epoch + 1}: {mean:.4f} nats a token on half B", file=sys.stderr, flush=True)
+        if mean < best:
+            best = mean
+            model.save_pretrained(out / "adapted")
+
+
+def batches(pairs: list, seed: int) -> list[list]:
+    """Batches of texts of about one length, in random order."""
+    rng = random.Random(seed)
+    ordered = sorted(rng.sample(pairs, len(pairs)), key=lambda pair: len(pair[0]) + len(pair[1]))
+    found = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
+    return rng.sample(found, len(found))
