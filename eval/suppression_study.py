@@ -44,7 +44,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
 )  # fmt: skip
 
 import logitproc as lp
@@ -52,8 +56,8 @@ from logitproc.artifact import new_file, write_text
 from logitproc.assessment import Bayes, Linear
 from logitproc.diversity import distance_to, remote_clique, same_length, vendi, words
 from logitproc.features import SentenceFeatures
-from logitproc.metrics import distinct_n
 from logitproc.methods.suppression import exempt_ids
+from logitproc.metrics import distinct_n
 
 ITEMS, ROUNDS, LONGEST = 1000, 10, 60
 ADAPT_ITEMS, EPOCHS, LEARNING_RATE, BATCH = 3460, 4, 1e-3, 48
@@ -192,8 +196,8 @@ class Study:
 
     @cached_property
     def exempt(self) -> tuple[int, ...]:
-        return exempt_ids(self.tokenizer, punctuation=True, digits=True, function_words=True,
-                          words=[word for wording in self.task.labels.values() for word in wording.split()])  # fmt: skip
+        label_words = [word for wording in self.task.labels.values() for word in wording.split()]
+        return exempt_ids(self.tokenizer, punctuation=True, digits=True, function_words=True, words=label_words)
 
     def cell(self, setting: dict[str, Any], seed: int) -> list[Item]:
         """The data set of one setting and seed, made once."""
@@ -344,3 +348,265 @@ def batches(pairs: list, seed: int) -> list[list]:
     ordered = sorted(rng.sample(pairs, len(pairs)), key=lambda pair: len(pair[0]) + len(pair[1]))
     found = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
     return rng.sample(found, len(found))
+
+
+# --- figures ---
+
+WORDS = 10_000  # distinct-3 of every cell is that of so many words
+DIVERSITY = {"vendi": "Vendi score", "distinct_3": "distinct-3"}
+
+
+class Figures(NamedTuple):
+    """What one cell comes to; `right` and `nats` by item, for the bootstrap."""
+
+    vendi: float
+    distinct_3: float
+    remote_clique: float
+    distance_to_real: float
+    student: float
+    student_relabelled: float
+    words: int
+    right: np.ndarray  # [items]: share of the two oracles that agree with the label
+    first_right: np.ndarray
+    nats: np.ndarray  # [items, 2]: base nats, tokens
+
+
+class Judge:
+    """Everything of one task that measures cells: oracles from half B, features, students."""
+
+    def __init__(self, study: Study):
+        self.study, self.cells = study, dict[tuple[str, int], Figures]()
+        self.oracles = [Linear().fit(study.half_b), Bayes().fit(study.half_b)]
+        # Features know the words of real text only, so nonsense makes no text more diverse.
+        self.features = SentenceFeatures(None, [text for text, _ in study.half_b])
+        self.real = self.features([text for text, _ in study.half_b])
+
+    def oracle_accuracy(self) -> list[float]:
+        return [oracle.accuracy(self.study.test)[0] for oracle in self.oracles]
+
+    def __call__(self, setting: dict[str, Any], seed: int) -> Figures:
+        key = slug(setting), seed
+        if key not in self.cells:
+            self.cells[key] = self._measure(self.study.cell(setting, seed))
+        return self.cells[key]
+
+    def _measure(self, items: list[Item]) -> Figures:
+        items = random.Random(0).sample(items, len(items))
+        texts, labels = [i.text for i in items], np.array([i.label for i in items])
+        vectors, tokens = self.features(texts), [words(text) for text in texts]
+        votes = np.array([oracle.predict(texts) == labels for oracle in self.oracles])
+        student = lambda of: Linear().fit(list(zip(texts, of, strict=True))).accuracy(self.study.test)[0]
+        return Figures(
+            vendi(vectors), distinct_n(same_length(tokens, WORDS), 3), remote_clique(vectors),
+            distance_to(vectors, self.real), student(labels), student(self.oracles[0].predict(texts)),
+            sum(map(len, tokens)), votes.mean(0), votes[0].astype(float),
+            np.array([[i.base_nll * (i.tokens + 1), i.tokens + 1] for i in items]),
+        )  # fmt: skip
+
+
+class Curve:
+    """Cells [settings, seeds] of one family on one task."""
+
+    def __init__(self, judge: Judge, settings: list[dict[str, Any]], seeds: Sequence[int]):
+        self.cells = [[judge(setting, seed) for seed in seeds] for setting in settings]
+        self.slugs = [slug(setting) for setting in settings]
+
+    def diversity(self, axis: str, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """[settings], the mean over data sets."""
+        values = np.array([[getattr(cell, axis) for cell in row] for row in self.cells])
+        return values[:, seeds if seeds is not None else slice(None)].mean(1)
+
+    def at(self, axis: str, d: float, draw: "Draw | None" = None) -> tuple[float, float]:
+        """(label accuracy, base nats a token) where the curve has the diversity d."""
+        seeds = draw.seeds if draw else range(len(self.cells[0]))
+        x = self.diversity(axis, list(seeds))
+        y = np.array([np.mean([_outcome(row[s], draw) for s in seeds], axis=0) for row in self.cells])
+        order = np.argsort(x)
+        return tuple(float(np.interp(d, x[order], column[order])) for column in y.T)  # type: ignore[return-value]
+
+
+class Draw:
+    """One bootstrap sample: of data sets, and of items within a cell."""
+
+    def __init__(self, rng: np.random.Generator, n_seeds: int):
+        self.rng, self.seeds = rng, rng.integers(n_seeds, size=n_seeds).tolist()
+
+
+def _outcome(cell: Figures, draw: Draw | None) -> tuple[float, float]:
+    chosen = slice(None) if draw is None else draw.rng.integers(len(cell.right), size=len(cell.right))
+    nats, tokens = cell.nats[chosen].sum(0)
+    return cell.right[chosen].mean(), nats / tokens
+
+
+def compare(a: Curve, b: Curve, axis: str, target: float, draws: int = 1000) -> dict[str, Any]:
+    """a - b at equal diversity: label accuracy and base nats, each (difference, low, high)."""
+    d = min(target, a.diversity(axis).max(), b.diversity(axis).max())
+    difference = lambda draw=None: np.subtract(a.at(axis, d, draw), b.at(axis, d, draw))
+    rng, n = np.random.default_rng(0), len(a.cells[0])
+    samples = np.array([difference(Draw(rng, n)) for _ in range(draws)])
+    low, high = np.percentile(samples, [2.5, 97.5], axis=0)
+    accuracy, nats = zip(difference(), low, high, strict=True)
+    return {"diversity": d, "reaches": bool(d == target), "accuracy": accuracy, "nats": nats}
+
+
+# --- stages ---
+
+
+def with_plain(family: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A family that varies a strength at T = .7 begins at plain T = .7; one that varies T has it in the middle."""
+    if family in ("ratio 1, T", "dry, T"):
+        rule = settings[0]["rules"]
+        return [settings[0], {"T": 0.7, "rules": rule}, *settings[1:]]
+    starts = all(setting["T"] == 0.7 for setting in settings)
+    return [{"T": 0.7}, *settings] if starts else settings
+
+
+def curves(judge: Judge, seeds: Sequence[int]) -> dict[str, Curve]:
+    return {family: Curve(judge, with_plain(family, s), seeds) for family, s in arms().items()}
+
+
+def choose(judges: list[Judge]) -> dict[str, Any]:
+    """Step 3 of the rule: {"default": family, "baselines": {task: {axis: family}}, "margins": ...}."""
+    margins: dict[str, list[float]] = {family: [] for family in LIBRARY}
+    best: dict[str, dict[str, dict[str, str]]] = {}
+    for judge in judges:
+        found = curves(judge, [0])
+        for family, axis in itertools.product(LIBRARY, DIVERSITY):
+            target = found["paper"].diversity(axis)[-1]
+            d = min(target, found[family].diversity(axis).max())
+            reaching = {b: found[b].at(axis, d)[0] for b in BASELINES if found[b].diversity(axis).max() >= d}
+            rival = max(reaching, key=lambda b: reaching[b])
+            margins[family].append(found[family].at(axis, d)[0] - reaching[rival])
+            best.setdefault(family, {}).setdefault(judge.study.name, {})[axis] = rival
+    default = max(LIBRARY, key=lambda family: np.mean(margins[family]))
+    return {"default": default, "baselines": best[default], "margins": margins}
+
+
+def report(judges: list[Judge], chosen: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    result: dict[str, Any] = {"chosen": chosen, "tasks": {}}
+    for judge in judges:
+        found = curves(judge, seeds)
+        default, paper = found[chosen["default"]], found["paper"]
+        verdicts = {}
+        for axis in DIVERSITY:
+            target, rival = paper.diversity(axis)[-1], chosen["baselines"][judge.study.name][axis]
+            for other in ("paper", rival):
+                verdicts[f"{axis}: default - {other}"] = compare(default, found[other], axis, target)
+        result["tasks"][judge.study.name] = {
+            "oracles": judge.oracle_accuracy(), "verdicts": verdicts, "signs": signs(judge, seeds),
+            "table": {family: rows(curve) for family, curve in found.items()},
+        }  # fmt: skip
+    return result
+
+
+def rows(curve: Curve) -> dict[str, dict[str, float]]:
+    """Slug -> figures, means over data sets."""
+    table = {}
+    for name, cells in zip(curve.slugs, curve.cells, strict=True):
+        outcomes = np.array([_outcome(cell, None) for cell in cells]).mean(0)
+        plain = {k: float(np.mean([getattr(c, k) for c in cells])) for k in Figures._fields[:7]}
+        first = float(np.mean([c.first_right.mean() for c in cells]))
+        table[name] = plain | {"accuracy": outcomes[0], "first_accuracy": first, "nats": outcomes[1]}
+    return table
+
+
+SIGNS = {  # figure -> published sign of `paper`, of T = 1.3 and of both, against plain T = .3
+    "remote_clique": (+1, +1, +1), "vendi": (+1, +1, +1), "distinct_3": (+1, +1, +1), "accuracy": (-1, -1, -1),
+    "distance_to_real": (+1, +1, +1), "student": (+1, +1, +1), "student_relabelled": (+1, +1, +1),
+}  # fmt: skip
+
+
+def signs(judge: Judge, seeds: Sequence[int]) -> dict[str, Any]:
+    """Figure -> for each of `paper`, hot, both: the differences to T = .3 by seed, and whether the sign holds."""
+    value = lambda cell, key: cell.right.mean() if key == "accuracy" else getattr(cell, key)
+    three = [{"T": 0.3, "rules": [{"rule": "paper"}]}, {"T": 1.3}, {"T": 1.3, "rules": [{"rule": "paper"}]}]
+    found: dict[str, Any] = {}
+    for key, published in SIGNS.items():
+        found[key] = {}
+        for name, setting, sign in zip(("paper", "T = 1.3", "both"), three, published, strict=True):
+            deltas = [value(judge(setting, s), key) - value(judge({"T": 0.3}, s), key) for s in seeds]
+            found[key][name] = {"differences": deltas, "holds": all(sign * d > 0 for d in deltas)}
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    out = []
+    for name, task in result["tasks"].items():
+        out += [f"\n**{name}** (oracles on real test data: {', '.join(f'{x:.1%}' for x in task['oracles'])})\n",
+                "| family | setting | Vendi | distinct-3 | remote-clique | distance to real | label accuracy "
+                "| base nats | student | student, relabelled |", "|---" * 10 + "|"]  # fmt: skip
+        for family, settings in task["table"].items():
+            for setting, f in settings.items():
+                out.append(
+                    f"| {family} | {setting} | {f['vendi']:.0f} | {f['distinct_3']:.3f} | {f['remote_clique']:.4f} "
+                    f"| {f['distance_to_real']:.4f} | {f['accuracy']:.1%} | {f['nats']:.2f} | {f['student']:.1%} "
+                    f"| {f['student_relabelled']:.1%} |"
+                )
+        out += ["\n| at equal diversity | reached | label accuracy, points | base nats |", "|---" * 4 + "|"]
+        for what, v in task["verdicts"].items():
+            a, n = [100 * x for x in v["accuracy"]], v["nats"]
+            where = f"{v['diversity']:.3g}" + ("" if v["reaches"] else ", below the paper's")
+            out.append(f"| {what} | {where} | {a[0]:+.1f} [{a[1]:+.1f}, {a[2]:+.1f}] "
+                       f"| {n[0]:+.2f} [{n[1]:+.2f}, {n[2]:+.2f}] |")  # fmt: skip
+        out += ["\n| against T = .3 | paper | T = 1.3 | both |", "|---" * 4 + "|"]
+        for key, of in task["signs"].items():
+            cells = [
+                f"{' '.join(f'{d:+.3g}' for d in x['differences'])}{'' if x['holds'] else ' (sign fails)'}"
+                for x in of.values()
+            ]
+            out.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+COLORS = ("0.45", "tab:olive", "tab:brown", "tab:pink", "tab:purple", "tab:red", "tab:orange", "black", "tab:blue",
+          "tab:cyan", "navy", "deepskyblue", "tab:green", "limegreen", "teal")  # fmt: skip
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Label accuracy against diversity, a panel for each task and diversity, a line for each family."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.2 * len(result["tasks"])), dpi=110, layout="constrained")
+    panels = figure.subplots(len(result["tasks"]), 2, squeeze=False)
+    for row, (name, task) in zip(panels, result["tasks"].items(), strict=True):
+        for panel, (axis, title) in zip(row, DIVERSITY.items(), strict=True):
+            for color, (family, settings) in zip(COLORS, task["table"].items(), strict=True):
+                points = [(f[axis], f["accuracy"]) for f in settings.values()]
+                line = "none" if family == "paper signs" else "--" if family in BASELINES else "-"
+                thick = 2.4 if family in ("paper", result["chosen"]["default"]) else 1.2
+                panel.plot(*zip(*points, strict=True), "o", ls=line, color=color, lw=thick, ms=4, label=family)
+            panel.set(title=name, xlabel=title, ylabel="label accuracy, mean of two oracles")
+            panel.grid(alpha=0.25)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("adapt", "make", "choose", "report"), help="make: one task's cells only")
+    parser.add_argument("--tasks", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=tuple(TASKS), help="one task, to share the work of `make`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of `make`")
+    args = parser.parse_args()
+    studies = [Study(name, args.tasks, args.out) for name in TASKS if args.only in (None, name)]
+    if args.stage == "adapt":
+        adapt(studies, args.out)
+    elif args.stage == "make":
+        for seed, study, (family, settings) in itertools.product(args.seeds, studies, arms().items()):
+            for setting in with_plain(family, settings):
+                study.cell(setting, seed)
+    elif args.stage == "choose":
+        chosen = choose([Judge(study) for study in studies])
+        write_text(args.out / "choose.json", json.dumps(chosen, indent=1))
+        print(json.dumps(chosen, indent=1))
+    else:
+        chosen = json.loads((args.out / "choose.json").read_text(encoding="utf-8"))
+        result = report([Judge(study) for study in studies], chosen, (1, 2))
+        print(markdown(result))
+        write_text(args.out / "report.json", json.dumps(result, indent=1, default=float))
+        plot(result, args.out / "report.png")
+
+
+if __name__ == "__main__":
+    main()
