@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -113,15 +113,6 @@ def exempt_ids(
     return tuple(sorted(chosen))
 
 
-class Level(NamedTuple):
-    """Contexts of one length: C of them, then an empty one that stands for "not found"."""
-
-    keys: Tensor  # int64 [C + 1], ascending hashes; the last one is no key
-    span: Tensor  # int64 [C + 1, 2]: first entry of the context, and how many it has
-    reach: Tensor  # int64 [longest row]: 0, 1, 2, ...
-    ids: Tensor  # int64 [E + 1], tokens that followed; the last one is read where a row has no further entry
-
-
 class PhraseIndex:
     """What followed the last `length` to `longest` tokens in at least `min_items` different texts.
 
@@ -147,46 +138,53 @@ class PhraseIndex:
         symbols, item, reach = _line_up(texts, vocab_size if anchor else None, breaks)
         at = np.flatnonzero(~np.isin(symbols, [vocab_size, *breakers, *silent]))
         context = np.zeros(len(symbols), np.uint64)  # hash of the last n symbols before each
-        self.levels = []
+        keys, ids = [], []
         for n in range(1, longest + 1):
             at = at[reach[at] >= n]
             context[at] += random[symbols[at - n]] * powers[n - 1]
             if n >= length:
                 recurs, first = _recurring(context[at] * powers[1] + random[symbols[at]], item[at], min_items)
-                self.levels.append(_level(context[at[first]].view(np.int64), symbols[at[first]]))
+                keys.append(context[at[first]])
+                ids.append(symbols[at[first]])
                 at = at[recurs]  # what does not recur after n symbols does not after more
+        self._tabulate(np.concatenate(keys).view(np.int64), np.concatenate(ids))
+
+    def _tabulate(self, keys: np.ndarray, ids: np.ndarray) -> None:
+        """Contexts of all lengths in one table of C rows, E entries; then a row for "not found", and no entry."""
+        order = np.argsort(keys, kind="stable")
+        keys, start, count = np.unique(keys[order], return_index=True, return_counts=True)
+        self.keys = torch.from_numpy(np.append(keys, np.iinfo(np.int64).max))  # [C + 1], ascending
+        self.span = torch.from_numpy(np.append(np.stack([start, count], 1), [[0, 0]], axis=0))  # [C + 1, 2]
+        self.ids = torch.from_numpy(np.append(ids[order], 0))  # [E + 1], tokens that followed
+        self.reach = torch.arange(count.max(initial=0))  # [longest row]
 
     def to(self, device: torch.device) -> Self:
         """Move once; later calls with the same device cost nothing."""
         if self.random.device != device:
-            for name in ("random", "powers", "breaks"):
+            for name in ("random", "powers", "breaks", "keys", "span", "ids", "reach"):
                 setattr(self, name, getattr(self, name).to(device))
-            self.levels = [Level(*(t.to(device) for t in level)) for level in self.levels]
         return self
 
-    def penalty(self, tokens: Tensor, generated: Tensor, width: int, nats: Sequence[float]) -> Tensor:
-        """nats[L - length] where L is the longest match of a token, 0 without one: float32 [rows, width].
+    def lower(self, scores: Tensor, tokens: Tensor, generated: Tensor, nats: Tensor) -> Tensor:
+        """scores [rows, width] less, for each token, nats[L - length] of its longest match L, in a new tensor.
 
-        tokens int64 [rows, longest], oldest first; generated int64 [rows]; one of `nats` a level.
+        tokens int64 [rows, longest], oldest first; generated int64 [rows]; nats [longest - length + 1].
         """
-        hashes = self._hashes(tokens, generated)
-        penalty = torch.zeros(len(tokens), width + 1, device=tokens.device)
-        for level, amount, key in zip(self.levels, nats, hashes, strict=True):
-            found = torch.searchsorted(level.keys, key)
-            found = torch.where(level.keys[found] == key, found, len(level.keys) - 1)
-            start, count = level.span[found].split(1, dim=1)
-            reach = level.reach
-            if reach.device.type == "cpu":  # on a GPU, asking for the longest row would wait for it
-                reach = reach[: int(count.max())]
-                if not len(reach):
-                    break  # where n symbols do not match, n + 1 do not
-            inside = reach < count
-            ids = level.ids[torch.where(inside, start + reach, len(level.ids) - 1)]
-            penalty.scatter_(1, torch.where(inside, ids, width), amount)  # a longer match overwrites
-        return penalty[:, :width]
+        key = self._hashes(tokens, generated)
+        found = torch.searchsorted(self.keys, key)
+        found = torch.where(self.keys[found] == key, found, len(self.keys) - 1)
+        start, count = self.span[found].split(1, dim=2)
+        reach = self.reach
+        if reach.device.type == "cpu":  # on a GPU, asking for the longest row would wait for it
+            reach = reach[: int(count.max())]
+        inside = reach < count
+        ids = self.ids[torch.where(inside, start + reach, len(self.ids) - 1)]
+        # What follows n + 1 symbols also follows the last n of them, so each length adds the difference.
+        steps = nats.diff(prepend=nats.new_zeros(1))[:, None]
+        return scores.scatter_add(1, ids.flatten(1), torch.where(inside, -steps, 0.0).flatten(1))
 
     def _hashes(self, tokens: Tensor, generated: Tensor) -> Tensor:
-        """Of the last `length` to `longest` symbols of each row: int64 [levels, rows]."""
+        """Of the last `length` to `longest` symbols of each row: int64 [rows, lengths]."""
         nothing = self.start + 1
         age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
         symbols = torch.where((tokens >= 0) & (tokens < self.start), tokens, nothing)
@@ -196,7 +194,7 @@ class PhraseIndex:
         newest_first = symbols.flip(1)
         broken = self.breaks[newest_first].cumsum(1) > 0
         values = self.random[newest_first.masked_fill(broken, nothing)]
-        return (values * self.powers[:-1]).cumsum(1)[:, self.length - 1 :].T.contiguous()
+        return (values * self.powers[:-1]).cumsum(1)[:, self.length - 1 :].contiguous()
 
 
 def _line_up(
@@ -226,18 +224,6 @@ def _recurring(grams: np.ndarray, item: np.ndarray, min_items: int) -> tuple[np.
     recurs = np.zeros(len(grams), bool)
     recurs[order] = kept
     return recurs, order[new & kept]
-
-
-def _level(keys: np.ndarray, ids: np.ndarray) -> Level:
-    order = np.argsort(keys, kind="stable")
-    keys, start, count = np.unique(keys[order], return_index=True, return_counts=True)
-    span = np.append(np.stack([start, count], 1), [[0, 0]], axis=0)
-    return Level(
-        keys=torch.from_numpy(np.append(keys, np.iinfo(np.int64).max)),
-        span=torch.from_numpy(span),
-        reach=torch.arange(count.max(initial=0)),
-        ids=torch.from_numpy(np.append(ids[order], 0)),
-    )
 
 
 # --- processor ---
@@ -379,7 +365,9 @@ class SuppressionLogitsProcessor(Processor):
             return scores
         if self.rule != "dry":
             return scores - self._penalty_on(scores.device, width)
-        return scores - self._index.to(scores.device).penalty(tokens, generated, width, self._nats)
+        if self._nats.device != scores.device:
+            self._nats = self._nats.to(scores.device)
+        return self._index.to(scores.device).lower(scores, tokens, generated, self._nats)
 
     @property
     def _counted_label(self) -> str | None:
@@ -419,9 +407,9 @@ class SuppressionLogitsProcessor(Processor):
                            self.anchor, self.breakers, silent)  # fmt: skip
 
     @functools.cached_property
-    def _nats(self) -> list[float]:
+    def _nats(self) -> Tensor:
         growth = self.base ** np.arange(self.longest - self.length + 1)
-        return (np.minimum(self.strength * growth, self.cap) * self.temperature).tolist()
+        return torch.from_numpy(np.minimum(self.strength * growth, self.cap) * self.temperature).float()
 
 
 @functools.cache
