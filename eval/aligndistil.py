@@ -22,7 +22,8 @@ Fixed before the run. Families are compared at equal KL per sequence: each is a 
 every bootstrap draw of prompts draws both curves anew. One family beats another if the mean difference over
 the levels has its 95 % interval above 0; it is ahead somewhere if at one level the interval that allows for
 nine comparisons (99.44 %) lies above 0.
-  (a) adaptive against constant      (b) constant (towards dpo, away from reverse) against DeRa (away from the reference)
+  (a) adaptive against constant
+  (b) constant (away from the reverse model) against DeRa (away from the reference)
   (c) some setting has more reward than `dpo` (lower end above 0) with texts at most 10 % longer
 Each with and without plausibility 0.1. A setting is admissible if its texts are at most 10 % longer than those
 of `dpo`, its distinct-2 is at least 90 % of theirs, and its base loss is at most 0.25 nats above that of

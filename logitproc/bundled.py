@@ -45,6 +45,8 @@ def find_model(name: str) -> str:
         f"There is no folder {name}; bundled models are {', '.join(known) or 'missing'}, and a model on the "
         "hub is written ORG/NAME."
     )
+
+
 def plainness(text: str) -> float:
     """The reward that `mini-dpo` was trained for and `mini-reverse-dpo` against: short words, not too many.
 

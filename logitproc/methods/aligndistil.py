@@ -65,7 +65,7 @@ def teacher(
 
     -inf: a token forbidden in anchor or plus is forbidden in pi*; one forbidden in minus alone has d = 0; the
     TVD is that of the tokens all three allow, renormalised. Tokens with pi_anchor < plausibility max pi_anchor
-    are forbidden. A row with nothing left is log pi_anchor.
+    are forbidden. A row with nothing left is log pi_anchor; one that was forbidden altogether stays so.
     """
     # In place wherever a tensor is our own: at large V the allocations cost more than the arithmetic.
     allowed = plus > -torch.inf
@@ -83,7 +83,7 @@ def teacher(
     if clamp is not None:
         a = a.clamp(*clamp)
 
-    log_anchor = anchor.log_softmax(-1)
+    log_anchor = anchor.log_softmax(-1).nan_to_num_(-torch.inf, neginf=-torch.inf)  # rows without a token
     if plausibility:
         allowed &= log_anchor >= log_anchor.amax(-1, keepdim=True) + math.log(plausibility)
     base = (anchor_weight * log_anchor).masked_fill_(~allowed, -torch.inf)
@@ -156,7 +156,7 @@ class AlignDistilLogitsProcessor(Processor):
         anchor_weight: u in [0, 1].
         host_top_p: the nucleus of the host that is kept before anything else.
 
-    coefficient=0 with nothing else changed returns the scores bit for bit. Raises ValueError for a parameter
+    coefficient=0,plausibility=0 returns the scores bit for bit. Raises ValueError for a parameter
     outside its range and when neither dpo nor reverse is given. Source: arXiv:2503.02832, eqs. (8) to (19).
 
     Cost per token: one forward of each companion, and a few passes over their scores. The coefficient depends
@@ -203,7 +203,8 @@ class AlignDistilLogitsProcessor(Processor):
         if self.kl_cap is not None:
             in_range("kl_cap", self.kl_cap, 0, math.inf)
         if self.clamp is not None:
-            low, high = self.clamp = tuple(self.clamp)
+            low, high = self.clamp
+            self.clamp = (low, high)
             in_range("clamp (low)", low, -FARTHEST, FARTHEST)
             in_range("clamp (high)", high, low, FARTHEST)
         self._neutral = (

@@ -167,6 +167,7 @@ def test_a_row_with_nothing_left_is_the_anchor():
     anchor, plus, minus = torch.tensor([[1.0, 2, -INF], [-INF] * 3]), torch.tensor([-INF, -INF, 0.0]), torch.zeros(3)
     log_p, _ = teacher(plus.expand(2, 3), minus.expand(2, 3), anchor)
     close(log_p[0], anchor[0].log_softmax(-1))
+    assert (log_p[1] == -INF).all()
 
 
 def test_plausibility_forbids_the_tail_and_keeps_the_argmax():
