@@ -232,7 +232,8 @@ def install(out: Path) -> None:
     expert, dpo, reverse = about.values()
 
     def run(about: dict[str, Any], epochs: int, rate: float) -> str:
-        return f"{epochs}, {about['steps']:,} | {rate:g} | {about['device']}, {about['minutes']:.0f} min | {about['date']}"
+        where = f"{about['device']}, {about['minutes']:.0f} min | {about['date']}"
+        return f"{epochs}, {about['steps']:,} | {rate:g} | {where}"
 
     line = "| `{}` | {:+.3f} | {:.0%} | {:+.2f} | {:+.2f} |"
     preference = "\n".join(
