@@ -30,6 +30,9 @@ BOUNDS = {
     ("ngram backoff", "log_softmax", 32_000, 1): 3.0,
     ("ngram backoff", "log_softmax", 151_936, 8): 3.0,
     ("Chain of 5 no-ops", "list of 1 no-op", 32_000, 1): 1.0,
+    ("suppression paper", "scores.clone()", 151_936, 8): 1.5,
+    ("suppression ratio", "scores.clone()", 151_936, 8): 1.5,
+    ("suppression dry", "scores.clone()", 151_936, 8): 1.5,
 }
 
 
@@ -125,6 +128,43 @@ def steps(length: int = 256, buffers: int = 8) -> list[dict]:
     return rows
 
 
+def suppression_steps(items: int = 2000, length: int = 60, buffers: int = 8) -> list[dict]:
+    """One step of each rule after `items` texts, and an update of the ledger with 10,000 tokens.
+
+    The texts are cut from a pool of phrases, and histories from the texts, so that many of them match.
+    """
+    import numpy as np
+    import torch
+
+    from logitproc import Chain, NGramPrior, SuppressionLogitsProcessor, TokenLedger
+
+    rows = []
+    for vocabulary, batch in ((32_000, 8), (151_936, 8)):
+        rng = np.random.default_rng(0)
+        draw = lambda *shape, v=vocabulary, rng=rng: np.minimum(rng.zipf(1.2, shape), v - 1)
+        phrases = draw(5000, 6)
+        texts = phrases[np.minimum(rng.zipf(1.3, (items, length // 6)), 4999)].reshape(items, length)
+        about = {"fingerprint": "", "name": "ids", "vocab_size": vocabulary, "bos": None, "eos": 0, "special": [0]}
+        ledger = TokenLedger(about, texts=True)
+        ledger.update(texts)
+        reference = NGramPrior.from_ids(draw(items, length).tolist(), order=1, vocab_size=vocabulary)
+        generator = torch.Generator().manual_seed(0)
+        scores = [3 * torch.randn(batch, vocabulary, generator=generator) for _ in range(buffers)]
+        ids = [torch.from_numpy(texts[rng.integers(items, size=batch), : length - 7]) for _ in range(buffers)]
+        z = lambda i, s=scores: s[i % buffers]
+        size = {"vocabulary": vocabulary, "batch": batch}
+        for rule, options in (("paper", {}), ("ratio", {"reference": reference}), ("dry", {})):
+            chain = Chain([SuppressionLogitsProcessor(ledger, rule=rule, **options)])
+            result = compare(lambda i, c=chain, z=z, t=ids: c(t[i % buffers], z(i)), lambda i, z=z: z(i).clone())
+            rows.append({"what": f"suppression {rule}", "against": "scores.clone()"} | size | result)
+        new = [draw(100, 100).tolist() for _ in range(buffers)]
+        counts = TokenLedger(about)
+        result = compare(lambda i, c=counts, new=new: c.update(new[i % buffers], "a", i),
+                         lambda i, new=new: np.concatenate(new[i % buffers]), rounds=40, calls=1)  # fmt: skip
+        rows.append({"what": "ledger, 10,000 tokens", "against": "np.concatenate"} | size | result)
+    return rows
+
+
 def whole_jobs(device: str) -> list[dict]:
     """Scoring and generation with the bundled model, through the default chain, beside the bare model."""
     import torch
@@ -191,12 +231,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+PARTS: dict[str, Callable[[str], list[dict]]] = {
+    "steps": lambda device: steps(), "suppression": lambda device: suppression_steps(), "jobs": whole_jobs,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--fit", type=Path, metavar="CORPUS", help="a text file, one document a line")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     import torch
@@ -211,7 +257,7 @@ def main() -> None:
         document["fit"] = fit(args.fit)
         print("fit: " + ", ".join(f"{k} {v:,.2f}" for k, v in document["fit"].items()))
     with torch.inference_mode():
-        document["rows"] = steps() + whole_jobs(args.device)
+        document["rows"] = [row for part in args.parts for row in PARTS[part](args.device)]
     print(table(document["rows"]))
     if args.json:
         write_text(args.json, json.dumps(document, indent=1) + "\n")
