@@ -19,8 +19,8 @@ from transformers import LogitsProcessor
 from . import registry
 from .artifact import Artifact, new_folder
 from .companion import Companion
-from .evidence import Gathered, Seen, gather
-from .processor import Processor
+from .evidence import Gathered, Seen, from_prompt, gather
+from .processor import Processor, as_wide
 
 VERSION = 1
 _FILE = "chain.json"
@@ -132,14 +132,14 @@ class Chain(LogitsProcessor):
         found = {id(c): c for processor in self.processors for c in processor.auxiliaries()}
         return list(found.values())
 
-    def bind(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> LogitsProcessor:
+    def bind(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "BoundChain":
         """This chain for one prompt: input_ids and attention_mask [rows, length].
 
         The bound chain hides padding from the processors and their companions and tells them which tokens
         were generated. It may be called at any length, in any order, for beams and repeated rows; only where a
         method gathers evidence must generated tokens come one at a time.
         """
-        return _BoundChain(self, input_ids.shape[1], attention_mask)
+        return BoundChain(self, input_ids.shape[1], attention_mask)
 
     def require(self, *, beams: bool = False, assisted: bool = False) -> None:
         """Raise ValueError naming the first processor that lacks a capability this decoding needs."""
@@ -239,7 +239,9 @@ class Chain(LogitsProcessor):
         return all(getattr(processor, flag) for processor in self.processors)
 
 
-class _BoundChain(LogitsProcessor):
+class BoundChain(LogitsProcessor):
+    """A chain that knows its prompt; see `Chain.bind`."""
+
     def __init__(self, chain: Chain, prompt: int, attention_mask: Tensor | None):
         self.chain, self.prompt = chain, prompt
         self.padded = None if attention_mask is None else attention_mask[:, :prompt] == 0
@@ -247,15 +249,42 @@ class _BoundChain(LogitsProcessor):
         self._gathered = Gathered(chain, prompt)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        generated = torch.full_like(scores[:, 0], max(0, input_ids.shape[1] - self.prompt), dtype=torch.int64)
+        return self._gathered.apply(self.hide(input_ids), scores, generated)
+
+    def hide(self, input_ids: Tensor) -> Tensor:
+        """The ids [rows, length] with -1 for padding."""
         rows, length = input_ids.shape
-        if self.padded is not None and length >= self.prompt > 0:
-            # Beams and num_return_sequences repeat each prompt, rows of one prompt side by side.
-            padded = self.padded.to(input_ids.device)
-            padded = padded.repeat_interleave(rows // padded.shape[0], dim=0)
-            padded = torch.nn.functional.pad(padded, (0, length - self.prompt))
-            input_ids = input_ids.masked_fill(padded, -1)
-        generated = torch.full_like(scores[:, 0], max(0, length - self.prompt), dtype=torch.int64)
-        return self._gathered.apply(input_ids, scores, generated)
+        if self.padded is None or not length >= self.prompt > 0:
+            return input_ids
+        # Beams and num_return_sequences repeat each prompt, rows of one prompt side by side.
+        padded = self.padded.to(input_ids.device)
+        padded = padded.repeat_interleave(rows // padded.shape[0], dim=0)
+        return input_ids.masked_fill(torch.nn.functional.pad(padded, (0, length - self.prompt)), -1)
+
+    def evidence(self, input_ids: Tensor, width: int) -> dict[int, Tensor]:
+        """What each processor, by its index, has gathered from the prompt: [rows, E]."""
+        generated = torch.zeros_like(input_ids[:, 0])
+        return {
+            index: from_prompt(processor, self.hide(input_ids), width, generated)
+            for index, processor in enumerate(self.chain.processors)
+            if processor.evidence_size
+        }
+
+
+def asks(heard: Mapping[int, Tensor], rows: tuple[Tensor, Tensor], width: int) -> Ask:
+    """Answers from what companions, by id, have said at all positions [B, K, V]: b and k of each row.
+
+    A processor with a companion that was not heard asks for itself.
+    """
+
+    def ask(processor: Processor, texts: Tensor, generated: Tensor | None) -> list[Tensor] | None:
+        companions = processor.auxiliaries()
+        if all(id(companion) in heard for companion in companions):
+            return [as_wide(heard[id(companion)][rows], width) for companion in companions]
+        return processor.consult(texts, width, generated)
+
+    return ask
 
 
 def histories(ids: Tensor, b: Tensor, t: Tensor, context: int | None) -> Tensor:

@@ -6,13 +6,14 @@ call shares with it; nothing but the time shows whether it did. So a companion m
 beams, of a rolled back draft, or of another prompt, in any order, and several processors may share one.
 """
 
+import contextlib
 import functools
 import sys
 import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -32,6 +33,10 @@ _NEAR = 1024  # widths of one vocabulary differ by padding at most
 
 class ContextOverflow(ValueError):
     """A text is longer than what a companion reads."""
+
+
+class CompanionDesync(RuntimeError):
+    """A text did not continue the one before, though it was said to: the last result was wrong."""
 
 
 class _State(NamedTuple):
@@ -54,7 +59,7 @@ class Companion:
         pad_token_id: for calls without a mask; that of the tokenizer or the model if left out.
         cache: False computes every text anew, for models whose cache cannot be cropped.
         overflow: what becomes of a text longer than the model reads. "error" raises `ContextOverflow`;
-            "truncate" drops the oldest columns, half a context at a time; "off" gives no opinion (None), so
+            "truncate" drops the oldest tokens, half a context at a time; "off" gives no opinion (None), so
             that processors leave the scores alone.
 
     Raises ValueError for an encoder-decoder model. Calls take turns; `fork` for parallel generations.
@@ -88,6 +93,8 @@ class Companion:
         self._saved: str | dict[str, Any] | None = None
         self._state: _State | None = None
         self._lock, self._warned = threading.RLock(), False
+        self._lags = False  # see `lagging`
+        self._unread: list[Callable[[], bool]] = []
         self.forwards = 0
 
     # --- scores ---
@@ -118,7 +125,7 @@ class Companion:
         if input_ids.shape[1] == 0:
             raise ValueError(f"The text given to the companion {self.name} holds no token; begin with BOS.")
         history = torch.where(self._mask(input_ids, attention_mask), input_ids, -1)
-        if positions is None and bool(((history[:, -1] < 0) & (history >= 0).any(1)).any()):
+        if positions is None and not self._lags and bool(((history[:, -1] < 0) & (history >= 0).any(1)).any()):
             raise ValueError("A prompt ends in padding; pad prompts on the left (padding_side='left').")
         if self.prompt is not None:
             history = self._prompted(history, generated, positions or 1)
@@ -136,7 +143,8 @@ class Companion:
     def fork(self) -> "Companion":
         """Another companion with the same weights and an empty state."""
         twin = object.__new__(type(self))
-        twin.__dict__ |= self.__dict__ | {"_state": None, "_lock": threading.RLock(), "forwards": 0}
+        own: dict[str, Any] = {"_state": None, "_lock": threading.RLock(), "_lags": False, "_unread": [], "forwards": 0}
+        twin.__dict__ |= self.__dict__ | own
         return twin
 
     @property
@@ -199,44 +207,76 @@ class Companion:
 
     def _windowed(self, history: Tensor, positions: int) -> Tensor | None:
         """`_scores`, or what `overflow` says of a text that is too long."""
-        length = history.shape[1]
-        if self.max_length is None or length <= self.max_length:
+        if self.max_length is None or history.shape[1] <= self.max_length:
+            return self._scores(history, positions)
+        tokens = (history >= 0).cumsum(1)  # up to each column
+        longest = int(tokens[:, -1].max())
+        if longest <= self.max_length:
             return self._scores(history, positions)
         if self.overflow == "error":
             raise ContextOverflow(
-                f"The companion {self.name} reads {self.max_length} tokens, the text has {length}; shorten "
+                f"The companion {self.name} reads {self.max_length} tokens, the text has {longest}; shorten "
                 "the prompt or generate fewer tokens."
             )
         if self.overflow == "off":
             warnings.warn(
-                f"The text has {length} tokens and the companion {self.name} reads {self.max_length}: from "
-                "here on it has no say.", stacklevel=4,
+                f"A text has {longest} tokens and the companion {self.name} reads {self.max_length}: from here "
+                "on it has no say.", stacklevel=4,
             )  # fmt: skip
             return None
-        starts = [self._start(length - back) for back in range(positions)]
-        if len(set(starts)) == 1:
-            return self._scores(history[:, starts[0] :], positions)
-        parts = [self._windowed(history[:, : length - back], 1) for back in reversed(range(positions))]
-        return torch.cat(parts, dim=1)  # type: ignore[arg-type]
-
-    def _start(self, length: int) -> int:
-        """The first column that is read of a text: it moves by half a context at a time."""
-        assert self.max_length is not None
+        # Half a context is dropped at a time, so that most steps can continue the one before.
         half = max(1, self.max_length // 2)
-        return max(0, -(-(length - self.max_length) // half) * half)
+        dropped = (tokens[:, -positions:] - self.max_length).clamp(min=0).add(half - 1) // half * half
+        if bool((dropped != dropped[:, :1]).any()):
+            parts = [self._windowed(history[:, : history.shape[1] - back], 1) for back in reversed(range(positions))]
+            return torch.cat([part for part in parts if part is not None], dim=1)
+        history = history.masked_fill(tokens <= dropped[:, -1:], -1)
+        first = int((history >= 0).any(0).int().argmax())
+        return self._scores(history[:, min(first, history.shape[1] - positions) :], positions)
 
     def _scores(self, history: Tensor, positions: int) -> Tensor:
+        if not 1 <= positions <= history.shape[1]:
+            raise ValueError(f"positions must be from 1 to the length {history.shape[1]}, got {positions}.")
         state, self._state = self._state, None  # whatever fails from here on leaves no state behind
-        state, kept = _continued(state, history, positions)
+        if state is not None and self._lags and positions == 1 and _may_follow(state, history):
+            kept = state.history.shape[1]
+            if kept < history.shape[1]:
+                self._settle()
+            self._unread.append(_read_later((history[:, :kept] != state.history).any()))
+        else:
+            state, kept = _continued(state, history, positions)
         if state is None or kept < history.shape[1]:
-            if not 1 <= positions <= history.shape[1]:
-                raise ValueError(f"positions must be from 1 to the length {history.shape[1]}, got {positions}.")
             cache = state.cache if state is not None and kept else None
             if cache is None:
                 kept, cache = 0, DynamicCache() if self._cacheable else None
             state = _State(history, cache, self._forward(history, kept, cache, positions))
         self._state = state
         return state.logits[:, state.logits.shape[1] - positions :]
+
+    @contextlib.contextmanager
+    def lagging(self) -> Iterator[None]:
+        """While one prompt is continued token by token: take that for granted and check it a step later.
+
+        To see whether a text continues the one before, the host must wait for the device at every step. Here
+        it looks at the answer of the step before instead. Raises CompanionDesync at the next call, or at the
+        end, when a text did not follow; the step in between was wrong then. Not for beams and drafts.
+        """
+        self.reset()
+        self._lags = True
+        try:
+            yield
+            self._settle()
+        finally:
+            self._lags, self._unread = False, []
+
+    def _settle(self) -> None:
+        unread, self._unread = self._unread, []
+        if any(differs() for differs in unread):
+            self.reset()
+            raise CompanionDesync(
+                f"The companion {self.name} was told that one text would be continued token by token, and "
+                "another one came. Call reset() before a new prompt."
+            )
 
     def _forward(self, history: Tensor, kept: int, cache: DynamicCache | None, positions: int) -> Tensor:
         """Logits [rows, positions, width] after the last tokens, of which the cache holds the first `kept`."""
@@ -408,7 +448,7 @@ def _continued(state: _State | None, history: Tensor, positions: int) -> tuple[_
     kept, cache = common, state.cache
     if cache is None:
         return None, 0
-    if had - common > 1:  # the rows may have moved
+    if kept < length - 1:  # the rows may have moved
         parents = find_parents(state.history, history[:, :-1])
         if parents is not None:
             cache.batch_select_indices(parents)
@@ -417,6 +457,27 @@ def _continued(state: _State | None, history: Tensor, positions: int) -> tuple[_
     if kept and kept < had:
         cache.crop(kept - had)
     return state, kept
+
+
+def _may_follow(state: _State, history: Tensor) -> bool:
+    """Whether it can be the same text, or the same and a token more, by its shape."""
+    rows, length = state.history.shape
+    return state.cache is not None and history.shape in ((rows, length), (rows, length + 1))
+
+
+def _read_later(bit: Tensor) -> Callable[[], bool]:
+    """A function that tells the bit, without making the host wait for the device now."""
+    if bit.device.type != "cuda":
+        return lambda: bool(bit)
+    copy, copied = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+    copy.copy_(bit, non_blocking=True)
+    copied.record()
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return read
 
 
 def _common(a: Tensor, b: Tensor) -> int:
@@ -446,23 +507,16 @@ _loading = threading.Lock()
 
 
 def _load_model(source: str, revision: str | None, dtype: str, device: str) -> Any:
-    print(f"Loading the companion {source} ...", end="", file=sys.stderr, flush=True)
+    print(f"Loading the companion {source} on {device} (dtype {dtype}) ...", file=sys.stderr)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+        return model.to(device).eval()
+    except torch.OutOfMemoryError:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        try:
-            model = model.to(device).eval()
-        except torch.OutOfMemoryError:
-            raise MemoryError(
-                f"The companion {source} does not fit on {device}: its weights are {size / 2**30:.2f} GiB. "
-                "Load it on another device or in a smaller dtype."
-            ) from None
-    except BaseException:
-        print(" failed.", file=sys.stderr)
-        raise
-    about = f"{model.num_parameters():,} parameters, {str(model.dtype).removeprefix('torch.')}, {device}"
-    print(f" {about}.", file=sys.stderr)
-    return model
+        raise MemoryError(
+            f"The companion {source} does not fit on {device}: its weights are {size / 2**30:.2f} GiB. Load it "
+            "on another device or in a smaller dtype."
+        ) from None
 
 
 def _load_tokenizer(source: str, revision: str | None) -> Any:

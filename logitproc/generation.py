@@ -1,5 +1,6 @@
 """`generate`: transformers' own `model.generate` with a chain bound to its prompt."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from .chain import Chain
+from .chain import BoundChain, Chain
+from .speculative import Decoder, Speculation
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -18,15 +20,20 @@ def generate(
     *,
     tokenizer: Any = None,
     logits_processor: list[LogitsProcessor] | None = None,
+    speculative: bool | Speculation = False,
     **kwargs: Any,
 ) -> Any:
     """`model.generate(**kwargs)` through a chain; returns what `model.generate` returns.
 
-    Over `logits_processor=[chain]` it adds: the attention mask hides padding from the chain (without one,
-    the pad token does, as transformers assumes), prompt tokens are told from generated ones, beams are
-    renormalised after the chain, and whatever the chain cannot do is refused with one sentence (ValueError)
-    before the first token. With `tokenizer`, fitted parts are checked against it (it is also handed to
-    `model.generate`, for stop strings). Other `logits_processor`s run after the chain.
+    Over `logits_processor=[chain]` it adds: the attention mask hides padding from the chain and its companions
+    (without one, the pad token does, as transformers assumes), prompt tokens are told from generated ones, beams
+    are renormalised after the chain, and whatever the chain cannot do is refused with one sentence (ValueError)
+    before the first token. With `tokenizer`, fitted parts and companions are checked against it (it is also
+    handed to `model.generate`, for stop strings). Other `logits_processor`s run after the chain.
+
+    `speculative`: a companion drafts several tokens and the models check them in one pass each. The text is
+    what it would be otherwise: the very same if greedy, up to rounding, of the same distribution if sampled.
+    One prompt at a time, token ids only as the result; a `Speculation` sets the draft and counts. 
     """
     config: GenerationConfig | None = kwargs.get("generation_config")
 
@@ -40,6 +47,13 @@ def generate(
     assisted = any(setting(key) for key in _ASSISTED)
     chain.require(beams=beams, assisted=assisted)
     chain.check(width=_width(model), tokenizer=tokenizer)
+    prompt, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if prompt is None:
+        prompt = kwargs.get("inputs")
+    if model.config.is_encoder_decoder:  # and its prompt is not what processors see
+        prompt = None
+    if chain.companions:
+        _check_companions(chain, model, prompt, mask, setting("max_new_tokens"), setting("max_length"))
     if beams and config is not None:  # beam scores are sums of log-probabilities
         kwargs["generation_config"] = copy.deepcopy(config)
         kwargs["generation_config"].renormalize_logits = True
@@ -47,23 +61,57 @@ def generate(
         kwargs["renormalize_logits"] = True
     if tokenizer is not None:
         kwargs["tokenizer"] = tokenizer
-    prompt, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if prompt is None:
-        prompt = kwargs.get("inputs")
-    if chain.companions and (prompt is None or model.config.is_encoder_decoder):
-        kind = "an encoder-decoder shows it" if model.config.is_encoder_decoder else "a prompt of embeddings shows"
-        raise ValueError(
-            f"The companions of this chain cannot read the prompt: {kind} no tokens of it. Pass input_ids to a "
-            "decoder-only model."
-        )
-    if prompt is not None and not model.config.is_encoder_decoder:
+    if prompt is not None:
         if mask is None:
             mask = _assumed_mask(prompt, setting("pad_token_id"), setting("eos_token_id"))
-        bound: LogitsProcessor = chain.bind(prompt, mask)
+        bound: Chain | BoundChain = chain.bind(prompt, mask)
     else:  # inputs_embeds and encoders: the history that arrives holds generated ids only
         bound = chain
-    processors = [bound, *(logits_processor or [])]
-    return model.generate(logits_processor=processors, **kwargs)  # type: ignore[operator]
+    if speculative:
+        _check_speculation(prompt, beams, assisted, setting)
+        assert isinstance(bound, BoundChain)  # there is a prompt of tokens
+        speculation = Speculation() if speculative is True else speculative
+        kwargs["custom_generate"] = Decoder(bound, speculation, kwargs.pop("streamer", None))
+    with contextlib.ExitStack() as stack:
+        if not (beams or assisted or speculative):  # each step continues the one before
+            for companion in chain.companions:
+                if companion.device.type == "cuda":
+                    stack.enter_context(companion.lagging())
+        return model.generate(  # type: ignore[operator]
+            logits_processor=[bound, *(logits_processor or [])], **kwargs
+        )
+
+
+def _check_companions(
+    chain: Chain, model: PreTrainedModel, prompt: Tensor | None, mask: Tensor | None, new: int | None,
+    longest: int | None,
+) -> None:  # fmt: skip
+    """Raise ValueError for a prompt that companions cannot read."""
+    if prompt is None:
+        kind = "an encoder-decoder" if model.config.is_encoder_decoder else "a prompt of embeddings"
+        raise ValueError(f"Companions read the tokens of the prompt, and {kind} shows them none; pass input_ids to "
+                         "a decoder-only model.")  # fmt: skip
+    if mask is not None and bool((mask[:, -1] == 0).any()):
+        raise ValueError("A prompt ends in padding; pad prompts on the left (padding_side='left').")
+    length = int(mask.sum(1).max()) if mask is not None else prompt.shape[1]
+    for companion in chain.companions:
+        if companion.prompt is None:
+            companion.check_length(length + new if new is not None else max(longest or 0, length + 1))
+
+
+def _check_speculation(prompt: Tensor | None, beams: bool, assisted: bool, setting: Any) -> None:
+    """Raise ValueError for what speculative decoding does not do."""
+    rows = 0 if prompt is None else prompt.shape[0] * (setting("num_return_sequences") or 1)
+    if beams or rows != 1:
+        raise ValueError(
+            f"Speculation decodes one sequence without beams, got {rows} sequences of {setting('num_beams') or 1} "
+            "beams; leave beams out and give prompts one at a time."
+        )
+    if assisted:
+        raise ValueError("Speculation and assisted decoding exclude each other; the draft is a companion here.")
+    for key in ("return_dict_in_generate", "stop_strings"):
+        if setting(key):
+            raise ValueError(f"Speculation returns token ids and does not support {key}; leave it out.")
 
 
 def _assumed_mask(prompt: Tensor, pad: int | None, eos: int | list[int] | None) -> Tensor | None:

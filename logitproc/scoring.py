@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from .chain import Ask, Chain, histories
-from .processor import Processor, as_wide
+from .chain import Chain, asks, histories
 
 LOSSES = ("base_nll", "nll")
 DIVERGENCES = ("js", "kl", "reverse_kl", "tv", "agree", "flip")
@@ -87,7 +86,7 @@ def _processed(
             b, k = torch.ones_like(wanted[:, start:stop]).nonzero().unbind(1)
             done = chain.apply_positions(
                 history[:, :stop], logits[:, start:stop], generated[:, start:stop],
-                _ask(heard, (b, k), width), totals,
+                asks(heard, (b, k), width), totals,
             )  # fmt: skip
             totals = {index: total[:, -1] for index, total in done.totals.items()}
             b, k = wanted[:, start:stop].nonzero().unbind(1)
@@ -97,7 +96,7 @@ def _processed(
         for at in wanted[:, start:stop].nonzero().split(max_rows):
             b, k = at.unbind(1)
             base, texts = logits[b, k + start], histories(history, b, k + start, chain.context)
-            yield b, k + start, base, chain.apply(texts, base, generated[b, k + start], _ask(heard, (b, k), width))
+            yield b, k + start, base, chain.apply(texts, base, generated[b, k + start], asks(heard, (b, k), width))
 
 
 def _heard(chain: Chain, history: Tensor, positions: int) -> dict[int, Tensor]:
@@ -115,16 +114,6 @@ def _heard(chain: Chain, history: Tensor, positions: int) -> dict[int, Tensor]:
             if scores is not None:
                 heard[id(companion)] = scores
     return heard
-
-
-def _ask(heard: dict[int, Tensor], rows: tuple[Tensor, Tensor], width: int) -> Ask:
-    def ask(processor: Processor, texts: Tensor, generated: Tensor | None) -> list[Tensor] | None:
-        companions = processor.auxiliaries()
-        if all(id(companion) in heard for companion in companions):
-            return [as_wide(heard[id(companion)][rows], width) for companion in companions]
-        return processor.consult(texts, width, generated)
-
-    return ask
 
 
 def _mask(ids: Tensor, attention_mask: Tensor | None) -> Tensor:

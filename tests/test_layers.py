@@ -21,6 +21,7 @@ LAYERS = (
     {"prior", "arpa", "ledger", "companion", "evidence", "processor", "ops", "tilt"},
     {"methods"},
     {"chain"},
+    {"speculative"},
     {"generation", "metrics", "scoring", "features", "diversity"},
     {"assessment"},
     {"engines", "cli"},

@@ -1,0 +1,206 @@
+"""Speculative decoding of a chain: a small companion drafts, the host and the others verify in one pass each.
+
+A chain turns the host's scores at a prefix into a distribution that depends on the prefix only, so speculative
+sampling is exact for it: greedy text is that of step by step decoding token by token, sampled text has the same
+distribution. Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding",
+arXiv:2211.17192, algorithm 1; here the target is the processed distribution, at all positions of a draft at once.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from .chain import BoundChain, Chain, Positions, asks
+from .companion import Companion
+from .evidence import gather
+from .processor import as_wide
+
+LONGEST = 16  # tokens of a draft
+_WORTH = 0.3  # a token is drafted while it is accepted at least so often
+_MEMORY = 0.9  # how much of the acceptance counts one round later
+
+
+@dataclass
+class Speculation:
+    """How to draft, and how it went.
+
+    `draft` is the companion that drafts, by default the first one of the chain. `tokens` fixes the length of
+    drafts; by default it follows the acceptance: the k-th token is drafted while h^k >= 0.3, h the share of
+    drafted tokens accepted of late. Each `generate` sets the counts to 0 first: `rounds` of draft and
+    verification, tokens `drafted`, those that were `judged` (not after a rejected one) and `accepted`.
+    """
+
+    draft: Companion | None = None
+    tokens: int | None = None
+
+    rounds: int = field(default=0, init=False)
+    drafted: int = field(default=0, init=False)
+    judged: int = field(default=0, init=False)
+    accepted: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and not 1 <= self.tokens <= LONGEST:
+            raise ValueError(f"Drafts have from 1 to {LONGEST} tokens, got {self.tokens}.")
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / judged tokens: the chance of a drafted token to stand when all before it do."""
+        return self.accepted / self.judged if self.judged else math.nan
+
+    def drafter(self, chain: Chain) -> Companion:
+        """The companion that drafts for this chain. ValueError when there is none."""
+        companions = [self.draft] if self.draft else chain.companions
+        if not companions:
+            raise ValueError("Speculation needs a companion to draft; this chain has none: give it a draft model.")
+        if companions[0].prompt is not None:
+            raise ValueError("The companion that drafts must read the host's prompt, not one of its own.")
+        return companions[0]
+
+
+class Decoder:
+    """A decoding loop for `model.generate(custom_generate=...)`; one text at a time.
+
+    `bound` is the chain bound to the prompt, as it stands in `logits_processor`. Every other processor there,
+    those of transformers included, is called once for each position, in its place in the list; the draft goes
+    through these too.
+    """
+
+    def __init__(self, bound: BoundChain, speculation: Speculation, streamer: Any = None):
+        self.bound, self.speculation, self.streamer = bound, speculation, streamer
+        self.drafter = speculation.drafter(bound.chain)
+        self.hits, self.tries = 0.7, 1.0  # of the recent past
+        speculation.rounds = speculation.drafted = speculation.judged = speculation.accepted = 0
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The prompt [1, T] and what follows it, [1, T + n]."""
+        host, sampled, done = Companion(model), bool(generation_config.do_sample), False
+        evidence = self.bound.evidence(input_ids, host.width)
+        self._stream(input_ids)
+        while not done:
+            known = input_ids.shape[1]
+            count = min(self._draft_length(), generation_config.max_length - known - 1)
+            text, drawn_from, heard = self._draft(input_ids, host.width, logits_processor, count, sampled)
+            raw = self._logits(host, text, count + 1)
+            scores, positions = self._process(text, raw, logits_processor, heard, evidence)
+            kept, token = accept(text[0, known:], drawn_from, scores, sampled)
+            evidence = self._gathered(positions, kept, token)
+            self._count(count, kept)
+            for at, new in enumerate([*text[0, known : known + kept], token]):
+                input_ids = torch.cat([input_ids, new.view(1, 1)], 1)
+                self._stream(new.view(1))
+                done = bool(stopping_criteria(input_ids, scores[at : at + 1]).all())
+                if done:
+                    break
+        if self.streamer is not None:
+            self.streamer.end()
+        return input_ids
+
+    def _draft(
+        self, ids: Tensor, width: int, processors: LogitsProcessorList, count: int, sampled: bool
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """ids with `count` tokens more, what these were drawn from [count, V], and what companions said.
+
+        The latter, by id, are logits [1, count + 1, V] after the ids that were and after each new one.
+        """
+        logits, drawn_from = [], [torch.empty(0, width, device=ids.device)]
+        for _ in range(count):
+            logits.append(self._logits(self.drafter, ids, 1))
+            scores = as_wide(logits[-1][0], width)
+            for processor in processors:
+                if processor is not self.bound:
+                    scores = processor(ids, scores)
+            drawn_from.append(scores.softmax(-1))
+            token = torch.multinomial(drawn_from[-1], 1) if sampled else scores.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, token], 1)
+        heard = {}
+        for companion in self.bound.chain.companions:
+            if companion is self.drafter:  # all positions but the last were scored one by one
+                heard[id(companion)] = torch.cat([*logits, self._logits(companion, ids, 1)], 1)
+            elif companion.prompt is None:
+                heard[id(companion)] = self._logits(companion, ids, count + 1)
+        return ids, torch.cat(drawn_from), heard
+
+    def _process(
+        self, text: Tensor, raw: Tensor, processors: LogitsProcessorList, heard: dict[int, Tensor],
+        evidence: dict[int, Tensor],
+    ) -> tuple[Tensor, Positions]:  # fmt: skip
+        """raw [1, K, V] at the last K positions of a text, through all processors [K, V]; and the chain's part."""
+        count, width = raw.shape[1:]
+        at = torch.arange(count, device=text.device)
+        first, scores, positions = text.shape[1] - count + 1, raw[0], None
+        for processor in processors:
+            if processor is self.bound:
+                ask = asks(heard, (torch.zeros_like(at), at), width)
+                generated = (first - self.bound.prompt + at)[None]
+                history = self.bound.hide(text)
+                positions = self.bound.chain.apply_positions(history, scores[None], generated, ask, evidence)
+                scores = positions.scores[0]
+            else:
+                rows = [processor(text[:, : first + k], scores[k : k + 1]) for k in range(count)]
+                scores = torch.cat(rows)
+        assert positions is not None
+        return scores, positions
+
+    def _gathered(self, positions: Positions, kept: int, token: Tensor) -> dict[int, Tensor]:
+        """The evidence of the text once `kept` tokens of the draft and then `token` have come."""
+        here, told = token.new_tensor([kept]), torch.ones(1, 1, dtype=torch.bool, device=token.device)
+        return {
+            index: gather(self.bound.chain.processors[index], total[:, kept], token.view(1, 1),
+                          positions.seen[index].take(here), told)[:, -1]
+            for index, total in positions.totals.items()
+        }  # fmt: skip
+
+    def _logits(self, companion: Companion, ids: Tensor, positions: int) -> Tensor:
+        history = self.bound.hide(ids)
+        logits = companion(history, history >= 0, positions)
+        assert logits is not None, "a companion that is off beyond its context is refused before the first token"
+        return logits
+
+    def _draft_length(self) -> int:
+        if self.speculation.tokens is not None:
+            return self.speculation.tokens
+        share = min(max(self.hits / self.tries, 0.01), 0.99)
+        return max(1, min(LONGEST, int(math.log(_WORTH) / math.log(share))))
+
+    def _count(self, drafted: int, kept: int) -> None:
+        judged = min(kept + 1, drafted)  # what comes after a rejection was not
+        self.hits, self.tries = _MEMORY * self.hits + kept, _MEMORY * self.tries + judged
+        self.speculation.rounds += 1
+        self.speculation.drafted += drafted
+        self.speculation.judged += judged
+        self.speculation.accepted += kept
+
+    def _stream(self, tokens: Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+
+
+def accept(drafted: Tensor, drawn_from: Tensor, scores: Tensor, sampled: bool) -> tuple[int, Tensor]:
+    """How many of g drafted tokens stand, and the token that follows those.
+
+    Shapes: drafted [g]; drawn_from [g, V], probabilities; scores [g + 1, V] of the target. Sampled: token i
+    stands with probability min(1, p_i / q_i), and at the first that does not, another is drawn from (p - q)+,
+    so that what comes out is distributed as p (arXiv:2211.17192, section 2.3). Greedy: it stands if it is the
+    target's most probable one.
+    """
+    count, choice = len(drafted), scores.argmax(-1)
+    if not sampled:
+        kept = int((choice[:count] == drafted).long().cumprod(0).sum())
+        return kept, choice[kept]
+    p, at = scores.softmax(-1), torch.arange(count, device=drafted.device)
+    stands = torch.rand(count, device=p.device) * drawn_from[at, drafted] < p[at, drafted]
+    kept = int(stands.long().cumprod(0).sum())
+    rest = p[kept] if kept == count else (p[kept] - drawn_from[kept]).clamp(min=0)
+    return kept, torch.multinomial(rest, 1)[0]
