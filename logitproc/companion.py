@@ -25,7 +25,9 @@ from .bundled import find_model
 
 Prompt = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
 
-_PROBE = "The 2 naïve cafés,  tabs\tand\nlines; 日本 🙂 don't 1,234.5"  # texts that normalisers treat differently
+_PROBE = (
+    "The 2 naïve cafés,  tabs\tand\nlines; 日本 🙂 don't 1,234.5"  # texts that normalisers treat differently
+)
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 _GROWING_ROPE = ("dynamic", "longrope")  # keys depend on the length of the text
 _NEAR = 1024  # widths of one vocabulary differ by padding at most
@@ -125,7 +127,11 @@ class Companion:
         if input_ids.shape[1] == 0:
             raise ValueError(f"The text given to the companion {self.name} holds no token; begin with BOS.")
         history = torch.where(self._mask(input_ids, attention_mask), input_ids, -1)
-        if positions is None and not self._lags and bool(((history[:, -1] < 0) & (history >= 0).any(1)).any()):
+        if (
+            positions is None
+            and not self._lags
+            and bool(((history[:, -1] < 0) & (history >= 0).any(1)).any())
+        ):
             raise ValueError("A prompt ends in padding; pad prompts on the left (padding_side='left').")
         if self.prompt is not None:
             history = self._prompted(history, generated, positions or 1)
@@ -143,7 +149,13 @@ class Companion:
     def fork(self) -> "Companion":
         """Another companion with the same weights and an empty state."""
         twin = object.__new__(type(self))
-        own: dict[str, Any] = {"_state": None, "_lock": threading.RLock(), "_lags": False, "_unread": [], "forwards": 0}
+        own: dict[str, Any] = {
+            "_state": None,
+            "_lock": threading.RLock(),
+            "_lags": False,
+            "_unread": [],
+            "forwards": 0,
+        }
         twin.__dict__ |= self.__dict__ | own
         return twin
 
@@ -228,7 +240,10 @@ class Companion:
         half = max(1, self.max_length // 2)
         dropped = (tokens[:, -positions:] - self.max_length).clamp(min=0).add(half - 1) // half * half
         if bool((dropped != dropped[:, :1]).any()):
-            parts = [self._windowed(history[:, : history.shape[1] - back], 1) for back in reversed(range(positions))]
+            parts = [
+                self._windowed(history[:, : history.shape[1] - back], 1)
+                for back in reversed(range(positions))
+            ]
             return torch.cat([part for part in parts if part is not None], dim=1)
         history = history.masked_fill(tokens <= dropped[:, -1:], -1)
         first = int((history >= 0).any(0).int().argmax())
@@ -300,7 +315,9 @@ class Companion:
         logits = torch.where(begun[..., None], logits, 0.0)
         if logits.device.type == "cpu" and bool(logits.isnan().any()):
             row = int(logits.isnan().flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"The companion {self.name} gave NaN for row {row} after {history.shape[1]} tokens.")
+            raise ValueError(
+                f"The companion {self.name} gave NaN for row {row} after {history.shape[1]} tokens."
+            )
         return logits
 
     # --- fits the host ---
@@ -339,9 +356,10 @@ class Companion:
                 "tokenizer."
             )
 
-    def check_length(self, length: int) -> None:
-        """Raise ContextOverflow when a text of this length is longer than it reads, and may not be."""
-        if self.overflow == "error" and self.max_length is not None and length > self.max_length:
+    def check_length(self, length: int, needed: bool = False) -> None:
+        """Raise ContextOverflow when a text of this length is too long; `needed`: having no say is no way out."""
+        refused = self.overflow == "error" or (needed and self.overflow == "off")
+        if refused and self.max_length is not None and length > self.max_length:
             raise ContextOverflow(
                 f"The companion {self.name} reads {self.max_length} tokens; the prompt and the new tokens are "
                 f"{length}. Generate fewer, or load it with overflow='truncate'."
@@ -400,7 +418,9 @@ class Companion:
                 raise ValueError(f"A companion is a name or a mapping with a 'model', got {value!r}.")
             known = {"model", "revision", "dtype", "device", "prompt", "overflow"}
             if unknown := set(value) - known:
-                raise ValueError(f"A companion has no {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}.")
+                raise ValueError(
+                    f"A companion has no {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}."
+                )
             return cls.load(**value, base=base)
         if isinstance(value, list | tuple):
             return tuple(cls.from_parameter(item, base) for item in value)

@@ -33,7 +33,7 @@ def generate(
 
     `speculative`: a companion drafts several tokens and the models check them in one pass each. The text is
     what it would be otherwise: the very same if greedy, up to rounding, of the same distribution if sampled.
-    One prompt at a time, token ids only as the result; a `Speculation` sets the draft and counts. 
+    One prompt at a time, token ids only as the result; a `Speculation` sets the draft and counts.
     """
     config: GenerationConfig | None = kwargs.get("generation_config")
 
@@ -53,7 +53,8 @@ def generate(
     if model.config.is_encoder_decoder:  # and its prompt is not what processors see
         prompt = None
     if chain.companions:
-        _check_companions(chain, model, prompt, mask, setting("max_new_tokens"), setting("max_length"))
+        new, longest = setting("max_new_tokens"), setting("max_length")
+        _check_companions(chain, model, prompt, mask, new, longest, bool(speculative))
     if beams and config is not None:  # beam scores are sums of log-probabilities
         kwargs["generation_config"] = copy.deepcopy(config)
         kwargs["generation_config"].renormalize_logits = True
@@ -84,7 +85,7 @@ def generate(
 
 def _check_companions(
     chain: Chain, model: PreTrainedModel, prompt: Tensor | None, mask: Tensor | None, new: int | None,
-    longest: int | None,
+    longest: int | None, speculative: bool,
 ) -> None:  # fmt: skip
     """Raise ValueError for a prompt that companions cannot read."""
     if prompt is None:
@@ -96,7 +97,8 @@ def _check_companions(
     length = int(mask.sum(1).max()) if mask is not None else prompt.shape[1]
     for companion in chain.companions:
         if companion.prompt is None:
-            companion.check_length(length + new if new is not None else max(longest or 0, length + 1))
+            total = length + new if new is not None else max(longest or 0, length + 1)
+            companion.check_length(total, needed=speculative)
 
 
 def _check_speculation(prompt: Tensor | None, beams: bool, assisted: bool, setting: Any) -> None:
@@ -108,7 +110,9 @@ def _check_speculation(prompt: Tensor | None, beams: bool, assisted: bool, setti
             "beams; leave beams out and give prompts one at a time."
         )
     if assisted:
-        raise ValueError("Speculation and assisted decoding exclude each other; the draft is a companion here.")
+        raise ValueError(
+            "Speculation and assisted decoding exclude each other; the draft is a companion here."
+        )
     for key in ("return_dict_in_generate", "stop_strings"):
         if setting(key):
             raise ValueError(f"Speculation returns token ids and does not support {key}; leave it out.")

@@ -79,7 +79,9 @@ def _processed(
     block, totals = length, dict[int, Tensor]()
     if chain.companions:
         block = max(2, min(length, _ASKED_AHEAD // (rows * width), max_rows // rows if gathers else length))
-    for start in range(0, length, max(1, block - gathers)):  # evidence: a block begins where the last one ended
+    for start in range(
+        0, length, max(1, block - gathers)
+    ):  # evidence: a block begins where the last one ended
         stop = min(start + block, length)
         heard = _heard(chain, history[:, :stop], stop - start)
         if gathers:
@@ -96,7 +98,12 @@ def _processed(
         for at in wanted[:, start:stop].nonzero().split(max_rows):
             b, k = at.unbind(1)
             base, texts = logits[b, k + start], histories(history, b, k + start, chain.context)
-            yield b, k + start, base, chain.apply(texts, base, generated[b, k + start], asks(heard, (b, k), width))
+            yield (
+                b,
+                k + start,
+                base,
+                chain.apply(texts, base, generated[b, k + start], asks(heard, (b, k), width)),
+            )
 
 
 def _heard(chain: Chain, history: Tensor, positions: int) -> dict[int, Tensor]:

@@ -55,7 +55,9 @@ class Speculation:
         """The companion that drafts for this chain. ValueError when there is none."""
         companions = [self.draft] if self.draft else chain.companions
         if not companions:
-            raise ValueError("Speculation needs a companion to draft; this chain has none: give it a draft model.")
+            raise ValueError(
+                "Speculation needs a companion to draft; this chain has none: give it a draft model."
+            )
         if companions[0].prompt is not None:
             raise ValueError("The companion that drafts must read the host's prompt, not one of its own.")
         return companions[0]
@@ -165,7 +167,9 @@ class Decoder:
     def _logits(self, companion: Companion, ids: Tensor, positions: int) -> Tensor:
         history = self.bound.hide(ids)
         logits = companion(history, history >= 0, positions)
-        assert logits is not None, "a companion that is off beyond its context is refused before the first token"
+        assert logits is not None, (
+            "a companion that is off beyond its context is refused before the first token"
+        )
         return logits
 
     def _draft_length(self) -> int:

@@ -31,17 +31,21 @@ from logitproc.companion import Companion, CompanionDesync, ContextOverflow, fin
 KINDS = ("rope", "gpt2")
 
 
-def make_model(kind: str = "rope", seed: int = 0, width: int = WIDTH, context: int = 128, **more):
+def make_model(
+    kind: str = "rope", seed: int = 0, width: int = WIDTH, context: int = 128, layers: int = 3, **more
+):
     torch.manual_seed(seed)
     marks = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | more
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=width, n_positions=context, n_embd=16, n_layer=3, n_head=2,
+        config = GPT2Config(vocab_size=width, n_positions=context, n_embd=16, n_layer=layers, n_head=2,
                             initializer_range=0.4, **marks)  # fmt: skip
         return GPT2LMHeadModel(config).eval()
-    sizes = {"vocab_size": width, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    sizes = {"vocab_size": width, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers,
              "num_attention_heads": 2, "max_position_embeddings": context, "initializer_range": 0.4}  # fmt: skip
     if kind == "window":
-        return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8, **marks)).eval()
+        return MistralForCausalLM(
+            MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8, **marks)
+        ).eval()
     return LlamaForCausalLM(LlamaConfig(**sizes, **marks)).eval()
 
 
@@ -107,7 +111,9 @@ def generate(host, chain, ids=None, **options):
 def test_every_one_of_forty_steps_equals_the_bare_model(kind, rows, sample, model):
     watched = Watched(make_model(kind))
     ids = texts(rows, 4)
-    out = generate(model, lp.Chain([FollowLogitsProcessor(watched)]), ids, max_new_tokens=40, do_sample=sample)
+    out = generate(
+        model, lp.Chain([FollowLogitsProcessor(watched)]), ids, max_new_tokens=40, do_sample=sample
+    )
     assert out.shape == (rows, 44)
     assert watched.checked == watched.forwards == 40
 
@@ -129,7 +135,9 @@ def test_a_beam_continues_its_parent_instead_of_the_prompt(model, monkeypatch):
     companion, fed = Companion(make_model()), []
     forward = companion._forward
     monkeypatch.setattr(
-        companion, "_forward", lambda ids, kept, *more: fed.append(ids.shape[1] - kept) or forward(ids, kept, *more)
+        companion,
+        "_forward",
+        lambda ids, kept, *more: fed.append(ids.shape[1] - kept) or forward(ids, kept, *more),
     )
     generate(model, lp.Chain([FollowLogitsProcessor(companion)]), num_beams=4)
     assert fed == [5] + [1] * 11
@@ -197,7 +205,9 @@ def test_two_processors_and_two_chains_share_a_companion_and_pay_once(model):
     made = make_model()
     shared, ids = Companion(made), texts(2, 5)
     one = lp.Chain([FollowLogitsProcessor(shared), FollowLogitsProcessor(shared, weight=-0.5)])
-    two = lp.Chain([FollowLogitsProcessor(Companion(made)), FollowLogitsProcessor(Companion(made), weight=-0.5)])
+    two = lp.Chain(
+        [FollowLogitsProcessor(Companion(made)), FollowLogitsProcessor(Companion(made), weight=-0.5)]
+    )
     assert torch.equal(generate(model, one, ids), generate(model, two, ids))
     assert shared.forwards == 12
     pair = [lp.Chain([FollowLogitsProcessor(shared)]), lp.Chain([FollowLogitsProcessor(shared)])]
@@ -326,7 +336,9 @@ def test_a_padded_batch_equals_its_rows(kind, model):
             close(companion(text, told), truth(made, text, torch.nn.functional.pad(mask, (0, step), value=1)))
             text = torch.cat([text, texts(3, 1, step)], 1)
     for processors in ([lp.Chain([FollowLogitsProcessor(Watched(made))])],):
-        assert model.generate(ids, logits_processor=processors, attention_mask=mask, max_new_tokens=6).shape == (3, 13)
+        assert model.generate(
+            ids, logits_processor=processors, attention_mask=mask, max_new_tokens=6
+        ).shape == (3, 13)
     generate(model, lp.Chain([FollowLogitsProcessor(Watched(made))]), ids, attention_mask=mask)
 
 
@@ -508,14 +520,20 @@ def test_a_prompt_of_its_own_is_read_in_place_of_the_hosts(kind, model):
         expected = torch.cat([truth(made, torch.tensor([text])) for text in by_hand]).log_softmax(-1)
         close(bound(torch.cat([ids, new[:, :step]], 1), zero), expected)
     fixed = Companion(made, prompt=[1, 2, 3])
-    close(fixed(ids, mask, generated=torch.zeros(3, dtype=torch.int64))[0], truth(made, torch.tensor([[1, 2, 3]]))[0])
+    close(
+        fixed(ids, mask, generated=torch.zeros(3, dtype=torch.int64))[0],
+        truth(made, torch.tensor([[1, 2, 3]]))[0],
+    )
     with pytest.raises(ValueError, match="must be told where the host's ends"):
         fixed(ids, mask)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         Companion(made, prompt="text")
     tokenizer = tiny_tokenizer()
     spoken = Companion(made, tokenizer, prompt="w5 w6")
-    close(spoken(ids, mask, generated=torch.zeros(3, dtype=torch.int64))[0], truth(made, torch.tensor([[5, 6]]))[0])
+    close(
+        spoken(ids, mask, generated=torch.zeros(3, dtype=torch.int64))[0],
+        truth(made, torch.tensor([[5, 6]]))[0],
+    )
 
 
 # --- who may be a companion of whom ---
@@ -531,7 +549,8 @@ def test_another_tokenizer_is_refused_by_the_first_id_that_differs(model):
         generate(model, chain, tokenizer=other)
     renamed = tiny_tokenizer()
     renamed.backend_tokenizer.model = type(renamed.backend_tokenizer.model)(
-        {("other" if i == 7 else token): i for token, i in tiny_tokenizer().get_vocab().items()}, unk_token="w3"
+        {("other" if i == 7 else token): i for token, i in tiny_tokenizer().get_vocab().items()},
+        unk_token="w3",
     )
     with pytest.raises(ValueError, match="id 7 is 'other' for the host, 'w7' for the companion"):
         chain.check(tokenizer=renamed)
