@@ -205,6 +205,7 @@ def _generate(bench: Bench, cell: Cell, chain: "Chain") -> list[list[int]]:
 
 
 def _score(bench: Bench, cell: Cell, chain: "Chain", texts: list[list[int]]) -> Iterable[Row]:
+    from logitproc.generation import decode
     from logitproc.scoring import score_continuations
 
     style, judge = bench.style, bench.held_out
@@ -222,7 +223,7 @@ def _score(bench: Bench, cell: Cell, chain: "Chain", texts: list[list[int]]) -> 
             **{f"distinct_{n}": metrics.distinct_n([ids], n) for n in (1, 2, 3)},
             "copied_span_bound": metrics.longest_copied_span_bound(ids, style),
         }
-        text = cli.decode(bench.tokenizer, before, ids)
+        text = decode(bench.tokenizer, before, ids)
         yield {**asdict(cell), "line": line, "prompt": prompt, "text": text, "ids": ids,
                "tokens": len(ids), **{name: float(figures[name]) for name in MEASURES}}  # fmt: skip
 

@@ -309,7 +309,7 @@ def parse_processor(text: str) -> dict[str, Any]:
         if key in spec:
             raise ValueError(f"In --proc {text!r}, {key!r} is given twice.")
         try:
-            spec[key] = _yaml(value)
+            spec[key] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise ValueError(f"In --proc {text!r}, {part!r} has no value: {_one_line(error)}") from None
     return spec
@@ -345,7 +345,7 @@ def _read(path: Path) -> Any:
         raise FileNotFoundError(f"There is no chain file {path}.")
     try:
         text = path.read_text(encoding="utf-8")
-        spec = json.loads(text) if path.suffix == ".json" else _yaml(text)
+        spec = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {_one_line(error)}") from None
     if not isinstance(spec, Mapping | list):
@@ -362,7 +362,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `logitproc list | describe | generate | fit | demo`.
+"""The command line: `logitproc list | describe | generate | fit | collect | demo`.
 
 Thin: a command checks what it was given, calls the library and prints. Results go to standard output,
 everything else to standard error. Nothing heavy is imported before a command needs it, so that `--help`
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
+    from .assessment import Real
     from .chain import Chain
+    from .collect import Job
     from .prior import NGramPrior
     from .processor import Processor
 
@@ -49,6 +51,8 @@ BUGS = (KeyError, IndexError)
 app = typer.Typer(name="logitproc", rich_markup_mode=None, add_completion=False)
 fit = typer.Typer(rich_markup_mode=None, help="Fit what a method needs, and save it as a folder.")
 app.add_typer(fit, name="fit")
+collect = typer.Typer(rich_markup_mode=None)
+app.add_typer(collect, name="collect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -298,6 +302,8 @@ def generate(
         _continue(loaded, tokenizer, through, encoded, config, streamer=_streamer(tokenizer))
         print()
         return
+    from .generation import decode
+
     results = _in_batches(loaded, tokenizer, through, encoded, config, batch_size)
     for index, (number, ids) in enumerate(results):
         text = decode(tokenizer, encoded[number], ids)
@@ -493,17 +499,10 @@ def _continue(
     return rows
 
 
-def decode(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
-    """The text of `ids` after `prompt`. Decoded alone, it would lose the space that it begins with."""
-    text = lambda tokens: tokenizer.decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    before, whole = text(prompt), text(prompt + ids)
-    return whole[len(before) :] if whole.startswith(before) else text(ids)
-
-
 def _streamer(tokenizer: Any) -> "BaseStreamer":
     from transformers import TextStreamer
+
+    from .generation import decode
 
     class Streamer(TextStreamer):
         """Prints what `decode` gives; TextStreamer decodes line by line, which may lose a space."""
@@ -583,6 +582,132 @@ def fit_ngram(
     print(f'  logitproc generate --model {shlex.quote(tokenizer)} --prompt "..." --proc {proc}')
 
 
+# --- collect ---
+
+INTERRUPTED = 130  # of `collect`, whose work goes on where it was
+SHOWN_TEXTS = 2  # of each label, at the end
+
+Embeddings = Annotated[
+    str | None,
+    Option(metavar="MODEL", help="A sentence-transformers model, by name or path; offline features if left out."),
+]
+
+
+@collect.callback(invoke_without_command=True)
+def collect_texts(
+    context: typer.Context,
+    config: Annotated[str | None, Option(metavar="FILE", help="The job, in YAML.")] = None,
+    output: Annotated[str | None, Option(metavar="DIR", help="Where the items go; resumes what is there.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Beats the job file: generation.top_p=0.9; may be repeated."),
+    ] = None,
+    device: Annotated[str, Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Collect labelled texts that are diverse and on label, with a report.
+
+    \b
+    logitproc collect --config job.yaml --output runs/job
+    accelerate launch --num_processes 2 -m logitproc.cli collect --config job.yaml --output runs/job
+    logitproc collect export-labels runs/job --out check.csv
+    logitproc collect apply-labels runs/job --labels check.csv
+
+    Killed at any moment it goes on when the same command is given again. DIR/data.jsonl holds the items,
+    DIR/report.txt how diverse and accurate they are beside plain sampling. Exit status 130: interrupted.
+    """
+    if context.invoked_subcommand:
+        return
+    if config is None or output is None:
+        raise ValueError("collect needs a job and a place: --config FILE --output DIR.")
+    _quiet(context)
+    from .collect import Job
+    from .collect.report import read_real
+
+    job = Job.from_file(config, settings or [])
+    real = read_real(job)
+    source = find_model(job.model)
+    accelerator = _accelerator(device)
+    if accelerator is None or accelerator.is_main_process:
+        import yaml
+
+        print(yaml.safe_dump(job.to_dict(), sort_keys=False, allow_unicode=True), file=sys.stderr)
+    try:
+        _collect(job, Path(output), source, accelerator, choose_device(device), real)
+    except KeyboardInterrupt as interruption:
+        print(f"logitproc: {explain(interruption)[0]}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _collect(job: "Job", output: Path, source: str, accelerator: Any, device: str, real: "Real | None") -> None:
+    from transformers import AutoTokenizer
+
+    from .collect import collect
+    from .collect.report import read_items, report
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = load_model(source, job.dtype, str(accelerator.device) if accelerator else device, None)
+    collected = collect(job, output, model, tokenizer, accelerator)
+    plain_job = job.plain()
+    plain = collect(plain_job, output / "plain", model, tokenizer, accelerator) if plain_job else None
+    main = accelerator is None or accelerator.is_main_process
+    if accelerator:
+        accelerator.end_training()
+    if not main:
+        return
+    _, text = report(job, output, collected, plain, real)
+    shown: dict[str, list[str]] = {label: [] for label in job.labels}
+    for item in read_items(collected.data):
+        if len(shown[item["label"]]) < SHOWN_TEXTS:
+            shown[item["label"]].append(item["text"])
+    for label, texts in shown.items():
+        for item_text in texts:
+            print(textwrap.fill(f"{label}: {item_text}", 100, subsequent_indent="    ") + "\n")
+    print(f"{text}\nReport: {output / 'report.txt'}. Next: logitproc collect export-labels {shlex.quote(str(output))} "
+          "--out check.csv")  # fmt: skip
+
+
+def _accelerator(device: str) -> Any:
+    """An Accelerator where a launcher started several processes, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+@collect.command("export-labels")
+def export_labels(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="What `collect` wrote.")],
+    out: Annotated[str, Option(metavar="CSV", help="For a person to fill in.")],
+    number: Annotated[int | None, Option(metavar="N", min=1, help="At most so many items; all if left out.")] = None,
+    embeddings: Embeddings = None,
+) -> None:
+    """Write the items worth inspecting to CSV, the most uncertain first."""
+    from .collect import correct
+
+    count = correct.export_labels(Path(folder), Path(out), number, embeddings)
+    print(
+        f"{out}: {count:,} items, the most uncertain first. For each one you look at, fill in correct_label (and "
+        f"'no' in in_scope where the text fits no label), then: logitproc collect apply-labels {shlex.quote(folder)} "
+        f"--labels {shlex.quote(out)}"
+    )
+
+
+@collect.command("apply-labels")
+def apply_labels(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="What `collect` wrote.")],
+    labels: Annotated[str, Option(metavar="CSV", help="As export-labels wrote it, filled in.")],
+    weight: Annotated[float, Option(metavar="W", min=0, max=1, help="Of the prompted label.")] = 0.3,
+    embeddings: Embeddings = None,
+) -> None:
+    """Carry what a person said about some items to all: relabel, drop what is out of scope, say what changed."""
+    from .collect import correct
+
+    print(correct.table(correct.apply_labels(Path(folder), Path(labels), weight, embeddings)))
+    print(f"\nWritten: {Path(folder) / 'corrected.jsonl'}, corrected-balanced.jsonl and corrections.json.")
+
+
 # --- demo ---
 
 
@@ -605,6 +730,7 @@ def demo(
     texts = read_prompts(prompt or DEMO_PROMPTS, None)
     _quiet(context)
     from .chain import Chain, parse_processor
+    from .generation import decode
     from .prior import NGramPrior
 
     chains = {"unsteered": Chain()}

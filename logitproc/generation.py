@@ -132,3 +132,12 @@ def _width(model: PreTrainedModel) -> int | None:
 def seed_everything(seed: int) -> None:
     """Seed the generators that `model.generate` draws from."""
     torch.manual_seed(seed)
+
+
+def decode(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """The text of `ids` after `prompt`. Decoded alone, it would lose the space that it begins with."""
+    text = lambda tokens: tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    before, whole = text(prompt), text(prompt + ids)
+    return whole[len(before) :] if whole.startswith(before) else text(ids)

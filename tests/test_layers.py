@@ -24,6 +24,7 @@ LAYERS = (
     {"speculative"},
     {"generation", "metrics", "scoring", "features", "diversity"},
     {"assessment"},
+    {"collect"},
     {"engines", "cli"},
     {"examples", "eval"},
 )
