@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "names": "registry", "get": "registry", "register": "registry",
     "Processor": "processor", "Chain": "chain", "Artifact": "artifact", "pocket": "bundled",
-    "generate": "generation", "NGramPrior": "prior", "TokenLedger": "ledger",
+    "Companion": "companion", "generate": "generation", "Speculation": "speculative",
+    "NGramPrior": "prior", "TokenLedger": "ledger",
     "NGramStyleLogitsProcessor": "methods.ngram",
     "SuppressionLogitsProcessor": "methods.suppression",
 }  # fmt: skip
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .artifact import Artifact
     from .bundled import pocket
     from .chain import Chain
+    from .companion import Companion
     from .generation import generate
     from .ledger import TokenLedger
     from .methods.ngram import NGramStyleLogitsProcessor
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .prior import NGramPrior
     from .processor import Processor
     from .registry import get, names, register
+    from .speculative import Speculation
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .collect import Job
     from .prior import NGramPrior
     from .processor import Processor
+    from .speculative import Speculation
 
 DEMO = ("ngram:prior=quixote,strength=1.0",)  # a row of the demo each
 DEMO_JUDGE = "quixote-held-out"  # counts of text that no steering prior has seen
@@ -255,6 +256,14 @@ def generate(
         bool, Option("--json", help="One object a line: prompt, index, text, tokens, chain, seed.")
     ] = False,
     stream: Annotated[bool, Option("--stream", help="Print one result while it is generated.")] = False,
+    speculative: Annotated[
+        bool,
+        Option(
+            "--speculative",
+            help="The chain's last companion drafts, the models check: the same text, or distribution, sooner. "
+            "One prompt at a time, whatever --batch-size says.",
+        ),
+    ] = False,
 ) -> None:
     """Generate text through a chain of methods.
 
@@ -262,6 +271,7 @@ def generate(
     logitproc generate --prompt "Once upon a time"
     logitproc generate --prompt "My friend" --proc ngram:prior=quixote --do-sample --seed 1
     cat prompts.txt | logitproc generate --prompts - --chain chain.yaml --json > results.jsonl
+    logitproc generate --prompt "Shares of" --proc fusion:expert=mini-expert,base=mini --speculative
 
     Sampled text repeats for a seed as long as the prompts, their order, --batch-size, --dtype, the device
     and the versions of torch and transformers stay: the prompts of a batch draw from one stream of random
@@ -292,6 +302,16 @@ def generate(
         )
     through.require(beams=beams > 1)
     through.check(tokenizer=tokenizer)
+    if speculative and (num_return_sequences > 1 or beams > 1):
+        raise ValueError(
+            f"--speculative decodes one sequence without beams, got {num_return_sequences} sequences and {beams} "
+            "beams; leave --speculative out."
+        )
+    draft = _speculation(through) if speculative else None
+    longest = max(map(len, encoded)) + max_new_tokens
+    for companion in through.companions:
+        if companion.prompt is None:
+            companion.check_length(longest, needed=speculative)
     loaded = load_model(source, dtype, place, device_map)
     if config.do_sample and seed is None:
         seed = int.from_bytes(os.urandom(4))
@@ -299,12 +319,13 @@ def generate(
     _seed(seed)
     if stream:
         print(texts[0], end="", flush=True)
-        _continue(loaded, tokenizer, through, encoded, config, streamer=_streamer(tokenizer))
+        _continue(loaded, tokenizer, through, encoded, config, draft, streamer=_streamer(tokenizer))
         print()
         return
     from .generation import decode
 
-    results = _in_batches(loaded, tokenizer, through, encoded, config, batch_size)
+    size = 1 if draft else batch_size
+    results = _in_batches(loaded, tokenizer, through, encoded, config, size, draft)
     for index, (number, ids) in enumerate(results):
         text = decode(tokenizer, encoded[number], ids)
         if as_json:
@@ -449,6 +470,14 @@ def load_model(source: str, dtype: str, device: str | None, device_map: str | No
     return model.to(device) if device else model
 
 
+def _speculation(chain: "Chain") -> "Speculation":
+    from .speculative import Speculation
+
+    speculation = Speculation()
+    speculation.drafter(chain)  # refuses a chain without companions
+    return speculation
+
+
 def _seed(seed: int | None) -> None:
     from .generation import seed_everything
 
@@ -458,7 +487,7 @@ def _seed(seed: int | None) -> None:
 
 def _in_batches(
     model: "PreTrainedModel", tokenizer: Any, chain: "Chain", prompts: Sequence[list[int]],
-    config: "GenerationConfig", size: int,
+    config: "GenerationConfig", size: int, draft: "Speculation | None" = None,
 ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
     """(number of the prompt, generated ids) of each result, as soon as its batch is done."""
     from tqdm import tqdm
@@ -466,7 +495,7 @@ def _in_batches(
     with tqdm(total=len(prompts), unit=" prompts", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            rows = _continue(model, tokenizer, chain, batch, config)
+            rows = _continue(model, tokenizer, chain, batch, config, draft)
             bar.clear()  # the results may go to the same terminal
             for row, ids in enumerate(rows):
                 yield start + row * len(batch) // len(rows), ids
@@ -475,7 +504,8 @@ def _in_batches(
 
 def _continue(
     model: "PreTrainedModel", tokenizer: Any, chain: "Chain", prompts: Sequence[list[int]],
-    config: "GenerationConfig", streamer: "BaseStreamer | None" = None,
+    config: "GenerationConfig", draft: "Speculation | None" = None,
+    streamer: "BaseStreamer | None" = None,
 ) -> list[list[int]]:  # fmt: skip
     """The generated ids of each row, its end-of-text token included and the padding after that cut off."""
     import torch
@@ -486,7 +516,7 @@ def _continue(
     ids = [[config.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     output = generate(
-        model, chain, tokenizer=tokenizer, generation_config=config, streamer=streamer,
+        model, chain, tokenizer=tokenizer, speculative=draft, generation_config=config, streamer=streamer,
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
     )  # fmt: skip

@@ -392,7 +392,7 @@ class Companion:
         with _loading:
             companion = _loaded.get(key)
             if companion is None:
-                loaded = _load_model(source, revision, dtype, place)
+                loaded = _load_model(str(model), source, revision, dtype, place)
                 tokenizer = _load_tokenizer(source, revision)
                 companion = cls(loaded, tokenizer, prompt=prompt, overflow=overflow)
                 companion.name = str(model)
@@ -526,15 +526,15 @@ _loaded: "weakref.WeakValueDictionary[tuple, Any]" = weakref.WeakValueDictionary
 _loading = threading.Lock()
 
 
-def _load_model(source: str, revision: str | None, dtype: str, device: str) -> Any:
-    print(f"Loading the companion {source} on {device} (dtype {dtype}) ...", file=sys.stderr)
+def _load_model(name: str, source: str, revision: str | None, dtype: str, device: str) -> Any:
+    print(f"Loading the companion {name} on {device} (dtype {dtype}) ...", file=sys.stderr)
     model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         raise MemoryError(
-            f"The companion {source} does not fit on {device}: its weights are {size / 2**30:.2f} GiB. Load it "
+            f"The companion {name} does not fit on {device}: its weights are {size / 2**30:.2f} GiB. Load it "
             "on another device or in a smaller dtype."
         ) from None
 

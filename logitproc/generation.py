@@ -20,7 +20,7 @@ def generate(
     *,
     tokenizer: Any = None,
     logits_processor: list[LogitsProcessor] | None = None,
-    speculative: bool | Speculation = False,
+    speculative: bool | Speculation | None = False,
     **kwargs: Any,
 ) -> Any:
     """`model.generate(**kwargs)` through a chain; returns what `model.generate` returns.

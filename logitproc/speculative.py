@@ -28,7 +28,8 @@ _MEMORY = 0.9  # how much of the acceptance counts one round later
 class Speculation:
     """How to draft, and how it went.
 
-    `draft` is the companion that drafts, by default the first one of the chain. `tokens` fixes the length of
+    `draft` is the companion that drafts, by default the last one of the chain, which methods make the one that is
+    nearest to what comes out. `tokens` fixes the length of
     drafts; by default it follows the acceptance: the k-th token is drafted while h^k >= 0.3, h the share of
     drafted tokens accepted of late. Each `generate` sets the counts to 0 first: `rounds` of draft and
     verification, tokens `drafted`, those that were `judged` (not after a rejected one) and `accepted`.
@@ -53,14 +54,14 @@ class Speculation:
 
     def drafter(self, chain: Chain) -> Companion:
         """The companion that drafts for this chain. ValueError when there is none."""
-        companions = [self.draft] if self.draft else chain.companions
-        if not companions:
+        draft = self.draft or next(reversed(chain.companions), None)
+        if draft is None:
             raise ValueError(
                 "Speculation needs a companion to draft; this chain has none: give it a draft model."
             )
-        if companions[0].prompt is not None:
+        if draft.prompt is not None:
             raise ValueError("The companion that drafts must read the host's prompt, not one of its own.")
-        return companions[0]
+        return draft
 
 
 class Decoder:

@@ -617,3 +617,69 @@ def test_demo_takes_a_strength(run, refused):
 def test_demo_without_the_bundle_is_one_sentence(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(bundled, "_FOLDER", tmp_path)
     refused("demo")
+
+
+# --- companions ---
+
+FUSION = "fusion:expert=mini,base=base,mode=static"
+
+
+def test_companions_load_once_by_name_with_a_line_each(run):
+    arguments = ["generate", "--prompt", "the old", "--max-new-tokens", 8]
+    status, plain, _ = run(*arguments)
+    status, out, err = run(*arguments, "--proc", FUSION, "--proc", "aligndistil:reverse=mini")
+    assert status == 0 and out != plain
+    lines = [line.partition(" on ")[0] for line in err.splitlines()]
+    assert sorted(lines) == ["Loading the companion base", "Loading the companion mini"]
+
+
+def test_speculation_gives_the_same_text_streamed_or_not_one_prompt_at_a_time(run):
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    arguments = ["generate", "--max-new-tokens", 12, "--proc", FUSION, "--no-do-sample"]
+    _, plain, _ = run(*arguments, *prompts, "--batch-size", 1)
+    status, out, _ = run(*arguments, *prompts, "--speculative")
+    assert (status, out) == (0, plain)
+    _, first, _ = run(*arguments, "--prompt", PROMPTS[0])
+    status, streamed, _ = run(*arguments, "--prompt", PROMPTS[0], "--speculative", "--stream")
+    assert (status, streamed) == (0, first)
+
+
+def test_a_companion_is_a_mapping_too(run, tmp_path):
+    chain = tmp_path / "chain.yaml"
+    chain.write_text("- {name: fusion, expert: [{model: mini, dtype: bfloat16}], base: mini, mode: match}\n")
+    status, out, err = run("generate", "--prompt", "the", "--chain", chain, "--max-new-tokens", 4, "--json")
+    assert status == 0 and "(dtype bfloat16)" in err
+    assert records(out)[0]["chain"][0]["expert"] == [{"model": "mini", "dtype": "bfloat16"}]
+
+
+def test_bad_companions_are_refused_before_the_host_is_loaded(run, pocket, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("the host was loaded"))
+    short, other = tmp_path / "short", tmp_path / "other"
+    shutil.copytree(pocket / "mini", short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 16}
+    (short / "config.json").write_text(json.dumps(config))
+    shutil.copytree(pocket / "mini", other)
+    names = json.loads((other / "tokenizer.json").read_text())
+    vocab = names["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(names))
+    cases = [
+        ("fusion:base=mini", "'fusion' needs the parameter 'expert'"),
+        ("fusion:expert=mini", "'fusion' needs the parameter 'base'"),
+        ("fusion:expert=nowhere,base=mini", "There is no folder nowhere; bundled models are base, mini"),
+        ("fusion:expert={name: mini},base=mini", "a mapping with a 'model'"),
+        ("fusion:expert=[],base=mini,mode=match", "at least one expert"),
+        ("fusion:expert=mini,base=mini,mode=newton,bounds=[-1,2]", "bounds"),
+        ("fusion:expert=mini,base=mini,mode=newton,bounds=[.nan,2]", "bounds"),
+        (f"fusion:expert={short},base=mini", "reads 16 tokens; the prompt and the new tokens are"),
+        (f"fusion:expert={other},base=mini", f"id {vocab['b']} is 'a' for the host, 'b' for the companion"),
+        ("aligndistil:r=1.0", "needs reverse, dpo or both"),
+        ("ngram:prior=quixote --speculative", "needs a companion to draft"),
+        (f"{FUSION} --speculative --num-beams 3", "without beams, got 1 sequences and 3 beams"),
+    ]  # fmt: skip
+    for proc, words in cases:
+        first, *more = proc.split(" --")
+        options = [part for option in more for part in ("--" + option).split()]
+        status, out, err = run("generate", "--prompt", "the old", "--proc", first, *options)
+        assert (status, out) == (2, ""), err
+        assert words in err.splitlines()[-1] and err.splitlines()[-1].startswith("logitproc: "), err

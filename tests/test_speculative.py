@@ -47,9 +47,9 @@ class BlendLogitsProcessor(Processor):
 
 
 def fused(*more: Processor, seed: int = 0) -> lp.Chain:
-    """As proxy tuning: host + expert - base, the expert first, and whatever else."""
+    """As proxy tuning: host + expert - base, and whatever else; the expert drafts."""
     expert, base = tiny_companion(WIDTH, seed), tiny_companion(WIDTH, seed + 10)
-    return lp.Chain([FollowLogitsProcessor(expert), FollowLogitsProcessor(base, weight=-0.3), *more])
+    return lp.Chain([FollowLogitsProcessor(base, weight=-0.3), FollowLogitsProcessor(expert), *more])
 
 
 PROMPT = texts(1, 6)
@@ -155,7 +155,7 @@ def test_a_useless_draft_shrinks_to_one_token(model):
 
 def test_a_round_costs_one_pass_of_those_that_verify_and_one_more_than_the_draft_of_the_drafter(model):
     chain = fused()
-    expert, base = chain.companions
+    base, expert = chain.companions
     speculation = Speculation(tokens=4)
     run(model, chain, speculative=speculation)
     assert base.forwards == speculation.rounds
@@ -205,7 +205,7 @@ def test_sampled_text_has_the_distribution_of_plain_decoding(method):
         made.lm_head.weight.data *= 0.5  # flat enough for every text to be seen
     expert, base = Companion(expert), Companion(base)
     if method == "fused":
-        chain = lp.Chain([FollowLogitsProcessor(expert), FollowLogitsProcessor(base, weight=-1.0)])
+        chain = lp.Chain([FollowLogitsProcessor(base, weight=-1.0), FollowLogitsProcessor(expert)])
     else:
         chain = lp.Chain([BlendLogitsProcessor(expert)])
     prompt, n, length, temperature = torch.tensor([[1, 2]]), 700, 3, 0.8
@@ -273,7 +273,7 @@ def test_what_speculation_cannot_do_is_refused(model, draft):
 def test_a_companion_that_verifies_may_have_a_prompt_of_its_own(model):
     expert = tiny_companion(WIDTH)
     base = Companion(make_model(), prompt=[1, 5])
-    chain = lp.Chain([FollowLogitsProcessor(expert), FollowLogitsProcessor(base, weight=-0.3)])
+    chain = lp.Chain([FollowLogitsProcessor(base, weight=-0.3), FollowLogitsProcessor(expert)])
     assert torch.equal(
         run(model, chain, speculative=True, max_new_tokens=10), run(model, chain, max_new_tokens=10)
     )
