@@ -147,7 +147,7 @@ def _by_label(
     rows: dict[int, list[int]] = {}
     for row, request in enumerate(requests):
         rows.setdefault(id(chains[request.label]), []).append(row)
-    found = []
+    found: list[tuple[Tensor, LogitsProcessor]] = []
     for of_chain in rows.values():
         index = torch.tensor(of_chain, device=ids.device)
         found.append((index, chains[requests[of_chain[0]].label].bind(ids[index], mask[index])))
