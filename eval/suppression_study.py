@@ -1,10 +1,11 @@
 """The study of `suppression`: labelled data sets made with and without it, at equal diversity.
 
-    python eval/suppression_study.py adapt  --tasks DATA --out runs/suppression    the model learns the text types
+    python eval/suppression_study.py adapt  --tasks DATA --out runs/suppression --only sst2 subj
+    python eval/suppression_study.py adapt  --tasks DATA --out runs/suppression --only trec
     python eval/suppression_study.py choose --tasks DATA --out runs/suppression    every arm, seed 0
     python eval/suppression_study.py report --tasks DATA --out runs/suppression    the arms that matter, seeds 1 and 2
 
-DATA holds `sst2/` and `subj/`. Half A of the real training data adapts the bundled `base` to prompts such as
+DATA holds `subj/`, `trec/` and `sst2/`; --only names tasks. Half A of the real training data adapts the bundled `base` to prompts such as
 "Elements: positive sentiment\\nMovie review:" and is the reference of the rule "ratio"; half B trains the oracles,
 and what it shares with A counts for nothing else. A cell is a data set of ITEMS texts, balanced over labels, made in
 ROUNDS rounds between which the ledger is updated; it is stored and never made twice.
@@ -12,7 +13,7 @@ ROUNDS rounds between which the ledger is updated; it is stored and never made t
 Rule of judgement, fixed before the first run:
 
 1. Signs. The published signs are read at seeds 1 and 2 against plain sampling at T = .3: `paper` alone, T = 1.3 alone,
-   and both. A sign holds where both seeds show it, on both tasks.
+   and both. A sign holds where both seeds show it.
 2. Equal diversity. Each arm is a curve over its settings. It is compared with another curve at the diversity that
    `paper` reaches at T = .7 and strength 7.5 or, if that is beyond either curve, at the largest diversity that both
    reach; once for Vendi and once for distinct-3; linear interpolation. Label accuracy is the mean of two oracles
@@ -60,7 +61,7 @@ from logitproc.methods.suppression import exempt_ids
 from logitproc.metrics import distinct_n
 
 ITEMS, ROUNDS, LONGEST = 1000, 10, 60
-ADAPT_ITEMS, EPOCHS, LEARNING_RATE, BATCH = 3460, 4, 1e-3, 48
+EPOCHS, LEARNING_RATE, BATCH = 4, 1e-3, 48
 
 
 class Task(NamedTuple):
@@ -94,9 +95,18 @@ def _subj(data: Path) -> tuple[list, list, list]:
     return *_halves(train), test
 
 
+def _trec(data: Path) -> tuple[list, list, list]:
+    """Without the class of abbreviations, of which there are 86."""
+    train, test = (
+        [pair for pair in _lines(data / f"trec/TREC.{part}.all", " ") if pair[1] != "2"] for part in ("train", "test")
+    )
+    return *_halves(train), test
+
+
 TASKS = {
-    "sst2": Task("Movie review", {"1": "positive sentiment", "0": "negative sentiment"}, _sst2),
     "subj": Task("Sentence from a movie review", {"0": "subjective statement", "1": "objective statement"}, _subj),
+    "trec": Task("Question", {"0": "description", "1": "entity", "3": "person", "4": "place", "5": "number"}, _trec),
+    "sst2": Task("Movie review", {"1": "positive sentiment", "0": "negative sentiment"}, _sst2),
 }
 
 
@@ -137,29 +147,28 @@ class XTC:
 
 def arms() -> dict[str, list[dict[str, Any]]]:
     """Family -> settings along its curve. `T` is the temperature; other keys as `Study.processors` reads them."""
-    ratio, dry = {"rule": "ratio"}, {"rule": "dry", "length": 3, "strength": 1.0}
+    ratio, dry = {"rule": "ratio"}, {"rule": "dry", "length": 3}
     at = lambda t, *rules: {"T": t, "rules": list(rules)}
     return {
-        "temperature": [{"T": t} for t in (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)],
-        "frequency": [{"T": 0.7, "frequency": a} for a in (0.5, 1.0, 2.0)],
-        "min-p .1": [{"T": t, "min_p": 0.1} for t in (1.0, 1.5, 2.0, 3.0)],
-        "min-p .05": [{"T": t, "min_p": 0.05} for t in (1.0, 1.5, 2.0)],
-        "xtc": [{"T": t, "xtc": 0.1} for t in (0.7, 0.9, 1.1)],
-        "paper": [at(0.7, {"rule": "paper", "strength": s}) for s in (1.0, 2.5, 7.5)],
-        "paper exempt": [at(0.7, {"rule": "paper", "exempt": True, "strength": s}) for s in (2.5, 7.5)],
+        "temperature": [{"T": t} for t in (0.3, 0.7, 1.0, 1.3)],
+        "frequency": [{"T": 0.7, "frequency": a} for a in (1.0, 2.0)],
+        "min-p": [{"T": t, "min_p": 0.1} for t in (1.0, 1.5, 2.0)],
+        "xtc": [{"T": t, "xtc": 0.1} for t in (0.7, 1.0)],
+        "paper": [at(0.7, {"rule": "paper", "strength": s}) for s in (2.5, 7.5)],
+        "paper exempt": [at(0.7, {"rule": "paper", "exempt": True, "strength": 7.5})],
         "paper signs": [at(t, {"rule": "paper"}) for t in (0.3, 1.3)],
-        "ratio": [at(0.7, ratio | {"strength": s}) for s in (0.5, 1.0, 2.0, 4.0)],
-        "ratio common": [at(0.7, ratio | {"scope": "common", "strength": s}) for s in (1.0, 2.0, 4.0)],
-        "ratio label": [at(0.7, ratio | {"scope": "label", "strength": s}) for s in (1.0, 2.0, 4.0)],
-        "ratio 1, T": [at(t, ratio | {"strength": 1.0}) for t in (0.5, 0.9, 1.1)],
-        "dry": [at(0.7, dry | {"strength": s}) for s in (0.5, 1.0, 2.0, 4.0)],
-        "dry, T": [at(t, dry | {"strength": 2.0}) for t in (0.5, 0.9, 1.1)],
-        "ratio + dry": [at(0.7, ratio | {"strength": s}, dry | {"strength": 2.0}) for s in (1.0, 2.0, 4.0)],
-    }  # fmt: skip
+        "ratio": [at(0.7, ratio | {"strength": s}) for s in (1.0, 2.0, 4.0)],
+        "ratio common": [at(0.7, ratio | {"scope": "common", "strength": s}) for s in (2.0, 4.0)],
+        "ratio label": [at(0.7, ratio | {"scope": "label", "strength": s}) for s in (2.0, 4.0)],
+        "ratio 1, T": [at(t, ratio | {"strength": 1.0}) for t in (1.0, 1.3)],
+        "dry": [at(0.7, dry | {"strength": s}) for s in (1.0, 3.0)],
+        "dry 3, T": [at(t, dry | {"strength": 3.0}) for t in (1.0, 1.3)],
+        "ratio + dry": [at(t, ratio | {"strength": 2.0}, dry | {"strength": 3.0}) for t in (0.7, 1.0)],
+    }
 
 
-BASELINES = ("temperature", "frequency", "min-p .1", "min-p .05", "xtc")
-LIBRARY = ("ratio", "ratio common", "ratio label", "ratio 1, T", "dry", "dry, T", "ratio + dry")
+BASELINES = ("temperature", "frequency", "min-p", "xtc")
+LIBRARY = ("ratio", "ratio common", "ratio label", "ratio 1, T", "dry", "dry 3, T", "ratio + dry")
 
 
 # --- cells ---
@@ -185,7 +194,7 @@ class Study:
 
     @cached_property
     def model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.out / "adapted", dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_pretrained(self.out / self.name / "adapted", dtype=torch.bfloat16).eval()
 
     def reference(self, label: str | None = None) -> lp.NGramPrior:
         folder = self.out / self.name / f"reference-{label}"
@@ -312,13 +321,13 @@ def losses(model: Any, pairs: Sequence[tuple[list[int], list[int]]], eos: int) -
 # --- adaptation ---
 
 
-def adapt(studies: list[Study], out: Path) -> None:
-    """Fine-tune `base` on half A of all tasks; the loss on half B picks the epoch."""
+def adapt(studies: list[Study]) -> None:
+    """Fine-tune `base` on half A of the tasks together; the loss on some of half B picks the epoch."""
     torch.manual_seed(0)
     tokenizer = studies[0].tokenizer
     model: Any = AutoModelForCausalLM.from_pretrained(lp.pocket("base"), dtype=torch.float32).train()
     pairs = lambda s, texts: [(s.prompt(x), tokenizer(t, add_special_tokens=False)["input_ids"]) for t, x in texts]
-    train = [p for s in studies for p in pairs(s, s.half_a[:ADAPT_ITEMS])]
+    train = [p for s in studies for p in pairs(s, s.half_a)]
     held_out = [p for s in studies for p in pairs(s, s.half_b[:300])]
     steps = EPOCHS * math.ceil(len(train) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
@@ -339,7 +348,8 @@ def adapt(studies: list[Study], out: Path) -> None:
         print(f"epoch {epoch + 1}: {mean:.4f} nats a token on half B", file=sys.stderr, flush=True)
         if mean < best:
             best = mean
-            model.save_pretrained(out / "adapted")
+            for study in studies:
+                model.save_pretrained(study.out / study.name / "adapted")
 
 
 def batches(pairs: list, seed: int) -> list[list]:
@@ -453,10 +463,9 @@ def compare(a: Curve, b: Curve, axis: str, target: float, draws: int = 1000) -> 
 
 
 def with_plain(family: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A family that varies a strength at T = .7 begins at plain T = .7; one that varies T has it in the middle."""
-    if family in ("ratio 1, T", "dry, T"):
-        rule = settings[0]["rules"]
-        return [settings[0], {"T": 0.7, "rules": rule}, *settings[1:]]
+    """A family that varies a strength at T = .7 begins at plain T = .7; one that varies T, at T = .7."""
+    if family in ("ratio 1, T", "dry 3, T"):
+        return [{"T": 0.7, "rules": settings[0]["rules"]}, *settings]
     starts = all(setting["T"] == 0.7 for setting in settings)
     return [{"T": 0.7}, *settings] if starts else settings
 
@@ -558,7 +567,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-COLORS = ("0.45", "tab:olive", "tab:brown", "tab:pink", "tab:purple", "tab:red", "tab:orange", "black", "tab:blue",
+COLORS = ("0.45", "tab:olive", "tab:brown", "tab:pink", "tab:red", "tab:orange", "tab:orange", "black", "tab:blue",
           "tab:cyan", "navy", "deepskyblue", "tab:green", "limegreen", "teal")  # fmt: skip
 
 
@@ -583,15 +592,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("adapt", "make", "choose", "report"), help="make: one task's cells only")
+    parser.add_argument("stage", choices=("adapt", "make", "choose", "report"), help="make: cells only")
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=tuple(TASKS), help="one task, to share the work of `make`")
+    parser.add_argument("--only", choices=tuple(TASKS), nargs="+", default=list(TASKS), help="tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of `make`")
     args = parser.parse_args()
-    studies = [Study(name, args.tasks, args.out) for name in TASKS if args.only in (None, name)]
+    studies = [Study(name, args.tasks, args.out) for name in args.only]
     if args.stage == "adapt":
-        adapt(studies, args.out)
+        adapt(studies)
     elif args.stage == "make":
         for seed, study, (family, settings) in itertools.product(args.seeds, studies, arms().items()):
             for setting in with_plain(family, settings):

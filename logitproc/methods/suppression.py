@@ -96,7 +96,7 @@ def exempt_ids(
 ) -> tuple[int, ...]:  # fmt: skip
     """Ids to exempt: punctuation, digits, English function words, and the first token of each of `words`.
 
-    A token is a function word when it is all of one, with the mark of a beginning word before it or a capital.
+    A token is a function word when it is all of one, in any case, and carries the mark of a beginning word.
     """
     chosen = {ids[0] for word in words for text in (word, f" {word}")
               if (ids := tokenizer(text, add_special_tokens=False)["input_ids"])}  # fmt: skip
