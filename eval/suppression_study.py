@@ -6,7 +6,7 @@
     python eval/suppression_study.py report --tasks DATA --out runs/suppression    the arms that matter, seeds 1 and 2
 
 DATA holds `subj/`, `trec/` and `sst2/`; --only names tasks. Half A of the real training data adapts the bundled
-`base` to prompts such as "Elements: positive sentiment\nMovie review:" and is the reference of the rule "ratio"; half
+`base` to prompts of the lines "Elements: positive sentiment" and "Movie review:" and is the reference of the rule "ratio"; half
 B trains the oracles. A cell is a data set of ITEMS texts, balanced over labels, made in ROUNDS rounds with the ledger
 growing between them; it is stored and never made twice (`make --seeds 0 1 2` makes cells and judges nothing).
 
@@ -288,8 +288,7 @@ def sample(
     ended = torch.zeros(rows, dtype=torch.bool)
     done: list[list[int]] = []
     for step in range(LONGEST):
-        scores = warpers(history, bound(history, logits))
-        chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+        chosen = draw(warpers(history, bound(history, logits)), generator)
         history = torch.cat([history, chosen], dim=1)
         ended |= chosen[:, 0] == eos
         if ended.sum() * 8 > len(ended) or step == LONGEST - 1:
@@ -302,6 +301,13 @@ def sample(
             cache.batch_select_indices(stay)
         logits = model(chosen, past_key_values=cache, use_cache=True).logits[:, -1].float()
     return done
+
+
+def draw(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row, int64 [rows, 1]; `torch.multinomial` draws a number for each token, this one a row."""
+    below = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    point = torch.rand(len(scores), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
+    return torch.searchsorted(below, point, right=True)
 
 
 def _up_to(row: list[int], eos: int) -> list[int]:

@@ -71,3 +71,10 @@ def test_the_frequency_penalty_counts_the_generated_tokens_of_its_own_text():
     scores, penalty = torch.zeros(2, WIDTH), study.FrequencyPenalty(0.5)
     out = penalty.apply(torch.tensor([[7, 8, 8], [9, 8, -1]]), scores, torch.tensor([2, 2]))
     assert out[0, [7, 8]].tolist() == [0.0, -1.0] and out[1, [9, 8]].tolist() == [0.0, -0.5]
+
+
+def test_tokens_are_drawn_by_their_probabilities_and_never_a_forbidden_one():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = study.draw(p.log().repeat(20_000, 1), torch.Generator().manual_seed(0))[:, 0]
+    torch.testing.assert_close(drawn.bincount(minlength=6) / 20_000, p, atol=0.012, rtol=0)
+    assert set(drawn.tolist()) == {1, 3, 4}
