@@ -6,9 +6,10 @@
     python eval/suppression_study.py report --tasks DATA --out runs/suppression    the arms that matter, seeds 1 and 2
 
 DATA holds `subj/`, `trec/` and `sst2/`; --only names tasks. Half A of the real training data adapts the bundled
-`base` to prompts of the lines "Elements: positive sentiment" and "Movie review:" and is the reference of the rule "ratio"; half
-B trains the oracles. A cell is a data set of ITEMS texts, balanced over labels, made in ROUNDS rounds with the ledger
-growing between them; it is stored and never made twice (`make --seeds 0 1 2` makes cells and judges nothing).
+`base` to prompts of the lines "Elements: positive sentiment" and "Movie review:" and is the reference of the rule
+"ratio"; half B trains the oracles. A cell is a data set of ITEMS texts, balanced over labels, made in ROUNDS rounds
+with the ledger growing between them; it is stored and never made twice (`make --seeds 0 1 2` makes cells and judges
+nothing).
 
 Rule of judgement, fixed before the first run:
 
