@@ -6,7 +6,7 @@ text without an n-gram) is NaN, except that nothing repeats in it. Everything is
 
 import functools
 from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,14 @@ def aggregate(nll_means: Values, tokens: Sequence[int]) -> dict[str, float]:
             "median": float(np.median(perplexities)),
             "maximum": float(perplexities.max()),
         }
+
+
+def gap_closure(value: Any, base: Any, ceiling: Any) -> tuple[Any, Any]:
+    """(value / ceiling, (value - base) / (ceiling - base)), numbers or arrays, of a score where more is better.
+
+    Papers print the first as "the gap closed"; the second is 0 for the untuned model and 1 for the tuned one.
+    """
+    return value / ceiling, (value - base) / (ceiling - base)
 
 
 class Interval(NamedTuple):

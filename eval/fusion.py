@@ -1,0 +1,504 @@
+"""The study of `fusion`: four tasks, a small expert for each, a fine-tuned large model as the ceiling.
+
+    python eval/fusion.py report --data DATA --out runs/fusion
+    python eval/fusion.py report --data DATA --out runs/fusion --host STRONG --small WEAK
+
+`experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
+OUT/HOST-SMALL as soon as each is done, so the same command resumes. Texts are scored by teacher forcing, through
+the chain that `generate` would use; losses are nats a token, over all tokens after BOS. Accuracy is that of the
+label word after the text, by the probability of the first token in which the label words differ.
+
+Fixed before the first run:
+  - Every arm is measured on dev and test documents that trained nothing. Whatever is chosen, the weight of static
+    fusion and the defaults of `fusion`, is chosen on dev; what is reported is test.
+  - Figures are sums over documents; the seeds of an expert (and of a ceiling, where it has several) are averaged
+    within a document. Intervals are 95 % paired bootstrap over documents, 2,000 draws.
+  - A beats B on a task if the upper end of the interval of loss(A) - loss(B) is below 0. A falls below the host if
+    the lower end of that of loss(A) - loss(host) is above 0.
+  - Closure is (host - A) / (host - ceiling) in loss; the paper's figure is the ratio ceiling / A in loss, A /
+    ceiling in accuracy.
+  - The default for one expert is the mode with the largest mean closure over the tasks on dev, among those that do
+    not fall below the host on one; the default for several likewise, in the setting where all experts are there and
+    nobody says which task it is.
+  - It must beat the expert alone, the dev-tuned static weight and `grid` on at least half of the tasks, and never
+    fall below the host on a task whose expert is there; with several experts it must beat `select` on the mean over
+    tasks. Otherwise the report says so.
+"""
+
+import argparse
+import csv
+import gc
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import logitproc as lp
+from logitproc import cli
+from logitproc.artifact import write_text
+from logitproc import metrics
+from logitproc.methods.fusion import fuse
+from logitproc.scoring import process_positions
+
+SEEDS = (0, 1, 2)
+TRAIN, DEV, TEST = 3000, 150, 300  # documents a task, at most
+RATES = {"small": 1e-3, "host": 5e-4}
+EPOCHS, BATCH, LONGEST = 2, 64, 96
+SCORED = 16  # documents at once
+GRID = [round(0.1 * k, 1) for k in range(21)]
+SMALL_SHARES = (0.0, 0.01, 0.05)
+
+SINGLE: dict[str, dict[str, Any]] = {
+    **{f"static {alpha}": {"mode": "static", "alpha": alpha} for alpha in GRID},
+    "grid": {"mode": "grid"},
+    **{f"newton {target}": {"mode": "newton", "target": target} for target in "RFJ"},
+    "match": {"mode": "match"},
+    "mixture": {"mode": "mixture"},
+    **{f"mixture share {share:g}": {"mode": "mixture", "share": share} for share in SMALL_SHARES},
+    "mixture of host and expert": {"mode": "mixture", "alpha": ()},
+    "mixture, even": {"mode": "mixture", "evidence_from": "none"},
+}
+SEVERAL: dict[str, dict[str, Any]] = {
+    "static sum 1/T": {"mode": "static", "alpha": 0.25},
+    "select": {"mode": "select"},
+    **{
+        f"match {kind} {weights}": {"mode": "match", "kind": kind, "weights": weights}
+        for kind in ("level", "shift") for weights in ("uniform", "evidence")
+    },
+    "mixture": {"mode": "mixture"},
+    "mixture share 0": {"mode": "mixture", "share": 0.0},
+    "mixture, even": {"mode": "mixture", "evidence_from": "none"},
+}  # fmt: skip
+CANDIDATES = ("static 0.5", "static 1.0", "static 1.5", "grid", "newton R", "newton F", "newton J", "match", "mixture")
+CANDIDATES_SEVERAL = tuple(name for name in SEVERAL if name not in ("mixture share 0", "mixture, even"))
+
+# --- tasks ---
+
+
+class Document(NamedTuple):
+    text: str
+    label: int | None
+
+
+class Task(NamedTuple):
+    labels: tuple[str, ...]
+    train: list[Document]
+    dev: list[Document]
+    test: list[Document]
+
+
+def tasks(data: Path) -> dict[str, Task]:
+    """Name -> documents; a text ends in `LABEL: word` where there are labels."""
+    read = lambda name, encoding="utf-8": (data / name).read_text(encoding).splitlines()
+    headlines = [Document(line, None) for line in read("style/headlines.txt")]
+    sst2 = {part: [line.split("\t") for line in read(f"tasks/sst2/{part}.tsv")] for part in ("train", "dev", "test")}
+    feeling = lambda part: [Document(f"{text}\nSentiment: ", int(label)) for label, text in sst2[part]]
+    trec = {part: [line.split(" ", 1) for line in read(f"tasks/trec/TREC.{part}.all", "latin-1")]
+            for part in ("train", "test")}  # fmt: skip
+    question = lambda part: [Document(f"{text}\nAnswer: ", int(label)) for label, text in trec[part]]
+    with open(data / "tasks/ag_news/test.csv", encoding="utf-8") as file:
+        news = [Document(f"{title}\nTopic: ", int(topic) - 1) for topic, title, _ in csv.reader(file)]
+    train, questions = shuffled(feeling("train")), shuffled(question("train"))
+    return {
+        "headlines": divided((), shuffled(headlines)),
+        "SST-2": Task(("negative", "positive"), train[:TRAIN], feeling("dev")[:: max(1, len(sst2["dev"]) // DEV)][:DEV],
+                      shuffled(feeling("test"))[:TEST]),
+        "TREC": Task(("description", "entity", "abbreviation", "person", "number", "location"),
+                     questions[DEV:][:TRAIN], questions[:DEV], question("test")[:TEST]),
+        "AG News": divided(("world", "sports", "business", "technology"), shuffled(news)),
+    }  # fmt: skip
+
+
+def shuffled(documents: list[Document]) -> list[Document]:
+    return random.Random(0).sample(documents, len(documents))
+
+
+def divided(labels: tuple[str, ...], documents: list[Document]) -> Task:
+    return Task(labels, documents[TEST + DEV :][:TRAIN], documents[TEST : TEST + DEV], documents[:TEST])
+
+
+def encode(tokenizer: Any, task: Task, document: Document) -> tuple[list[int], int | None, list[int]]:
+    """(ids, where the label words begin to differ, the token of each label word there)."""
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    wrap = lambda text: [tokenizer.bos_token_id, *ids(text), tokenizer.eos_token_id][-LONGEST:]
+    if document.label is None:
+        return wrap(document.text), None, []
+    options = [wrap(document.text + word) for word in task.labels]
+    at = next(i for i, tokens in enumerate(zip(*options, strict=False)) if len(set(tokens)) == len(options))
+    return options[document.label], at, [option[at] for option in options]
+
+
+# --- models ---
+
+
+def train(source: str, rows: list[list[int]], out: Path, rate: float, seed: int) -> None:
+    """Fine-tune a model on token ids and save it to `out`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    if out.exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    arguments = TrainingArguments(
+        output_dir=str(out) + ".trainer", learning_rate=rate, num_train_epochs=EPOCHS, seed=seed, warmup_steps=0.05,
+        per_device_train_batch_size=BATCH, lr_scheduler_type="linear", bf16=True, weight_decay=0.01,
+        use_cpu=not torch.cuda.is_available(), train_sampling_strategy="group_by_length", save_strategy="no",
+        report_to="none", logging_steps=50,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, "length": len(ids)} for ids in rows]
+    clock = time.time()
+    Trainer(model=model, args=arguments, train_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)).train()  # fmt: skip
+    tokens = EPOCHS * sum(map(len, rows))
+    print(f"{out.name}: {tokens:,} tokens in {time.time() - clock:.0f} s", file=sys.stderr, flush=True)
+    new = out.with_name(out.name + ".new")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    new.rename(out)
+
+
+class Study:
+    """One pair of a host and a small model, its experts and ceilings, and the cells scored with them."""
+
+    def __init__(self, host: str, small: str, data: Path, out: Path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.sources = {"host": cli.find_model(host), "small": cli.find_model(small)}
+        self.out = out / f"{Path(host).name}-{Path(small).name}"
+        self.tokenizer = AutoTokenizer.from_pretrained(self.sources["host"])
+        self.tasks = tasks(data)
+        self.load = lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+    def model(self, kind: str, name: str, seed: int) -> Path:
+        """The folder of a fine-tuned model; `name` is a task, or "all" of them."""
+        folder = self.out / "models" / f"{kind} {name} {seed}"
+        if not folder.exists():
+            chosen = list(self.tasks.values()) if name == "all" else [self.tasks[name]]
+            rows = [encode(self.tokenizer, task, document)[0] for task in chosen for document in task.train]
+            train(self.sources[kind], rows, folder, RATES[kind], seed)
+        return folder
+
+    def cell(self, part: str, task: str, seed: int, experts: tuple[str, ...]) -> dict[str, Any]:
+        """Figures of every document and arm; `experts` is the task itself, or all tasks."""
+        kind = "single" if experts == (task,) else "several"
+        file = self.out / "cells" / f"{kind} {task} {part} {seed}.json"
+        if not file.exists():
+            write_text(file, json.dumps(self._score(part, task, seed, experts)))
+            gc.collect()
+        return json.loads(file.read_text("utf-8"))
+
+    @torch.no_grad()
+    def _score(self, part: str, name: str, seed: int, names: tuple[str, ...]) -> dict[str, Any]:
+        one = len(names) == 1
+        companion = lambda path: lp.Companion(self.load(path), pad_token_id=self.tokenizer.eos_token_id)
+        host, base = self.load(self.sources["host"]), companion(self.sources["small"])
+        experts = [companion(self.model("small", task, seed)) for task in names]
+        ceilings = {"ceiling": self.load(self.model("host", name, 0))}
+        if not one:
+            ceilings["multi-task ceiling"] = self.load(self.model("host", "all", 0))
+        chains = {
+            arm: lp.Chain([lp.get("fusion")(expert=experts[0] if one else experts, base=base, **options)])
+            for arm, options in (SINGLE if one else SEVERAL).items()
+        }
+        result: dict[str, Any] = {"tokens": [], "arms": {}, "alpha": {}}
+        for ids, mask, labels in self._batches(part, name):
+            result["tokens"] += mask[:, 1:].sum(1).tolist()
+            inside = mask[:, :-1].bool() & mask[:, 1:].bool()
+            flat = lambda scores: scores[:, :-1][inside]
+            logits = host(input_ids=ids, attention_mask=mask).logits
+            small = [companion(ids, mask, ids.shape[1]) for companion in (base, *experts)]
+            log_p = flat(logits).log_softmax(-1)
+            note = lambda arm, scores: _note(
+                result["arms"].setdefault(arm, {"nll": [], "kl": [], "right": []}),
+                flat(scores).log_softmax(-1), log_p, ids, inside, labels,
+            )  # fmt: skip
+            note("host", logits)
+            note("base", small[0])
+            note("expert", small[1 + names.index(name)])
+            if not one:
+                note("average of experts", torch.stack([z.log_softmax(-1) for z in small[1:]]).logsumexp(0))
+            for arm, model in ceilings.items():
+                note(arm, model(input_ids=ids, attention_mask=mask).logits)
+            for arm, chain in chains.items():
+                note(arm, process_positions(chain, ids, logits, mask))
+            rows = [flat(z) for z in (logits, *small)]
+            for arm in ("grid", "newton J", "match") if one else ("select", "match level uniform"):
+                settings = {k: v for k, v in (SINGLE if one else SEVERAL)[arm].items() if k != "weights"}
+                alpha = fuse(rows[0], rows[1], rows[2:], **settings).alpha
+                result["alpha"].setdefault(arm, []).extend(alpha.tolist())
+        for arm, alpha in result["alpha"].items():
+            values = np.array(alpha)
+            result["alpha"][arm] = {"mean": values.mean(0).tolist(), "sd": values.std(0).tolist()}
+        return result
+
+    def _batches(self, part: str, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
+        """(ids, mask, [(row, label tokens, label, where)]) of documents of like length."""
+        task = self.tasks[name]
+        encoded = [(*encode(self.tokenizer, task, document), document.label) for document in getattr(task, part)]
+        encoded.sort(key=lambda item: len(item[0]))
+        for start in range(0, len(encoded), SCORED):
+            batch = encoded[start : start + SCORED]
+            width = len(batch[-1][0])
+            ids = torch.tensor([ids + [self.tokenizer.eos_token_id] * (width - len(ids)) for ids, *_ in batch])
+            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, *_ in batch])
+            labels = [(row, words, label, at) for row, (_, at, words, label) in enumerate(batch) if at is not None]
+            yield ids, mask, labels
+
+
+def _note(
+    found: dict[str, list], log_q: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor,
+    labels: list,
+) -> None:  # fmt: skip
+    """Append loss, KL from the host and accuracy of each document; log_q and log_p [tokens, V]."""
+    per_document = lambda x: torch.zeros(inside.shape, dtype=torch.float64).masked_scatter(inside, x.double()).sum(1)
+    found["nll"] += per_document(-log_q.gather(-1, ids[:, 1:][inside][:, None]).squeeze(-1)).tolist()
+    found["kl"] += per_document((log_q.exp() * (log_q - log_p)).sum(-1)).tolist()
+    first = inside.sum(1).cumsum(0) - inside.sum(1)
+    for row, words, label, place in labels:
+        found["right"].append(int(int(log_q[first[row] + place - 1, words].argmax()) == label))
+
+
+# --- judgement ---
+
+
+class Judge:
+    """Cells of one task and setting: seeds averaged within a document, differences by paired bootstrap."""
+
+    def __init__(self, cells: list[dict[str, Any]], ceiling: str):
+        self.tokens, self.ceiling = np.array(cells[0]["tokens"]), ceiling
+        mean = lambda arm, key: np.mean([cell["arms"][arm][key] for cell in cells], 0)
+        self.nll = {arm: mean(arm, "nll") for arm in cells[0]["arms"]}
+        self.kl = {arm: mean(arm, "kl") for arm in cells[0]["arms"]}
+        self.right = {arm: mean(arm, "right") for arm, found in cells[0]["arms"].items() if found["right"]}
+        self.alpha = [cell["alpha"] for cell in cells]
+        rng = np.random.default_rng(0)
+        self.draws = rng.integers(0, len(self.tokens), (2000, len(self.tokens)))
+
+    def loss(self, arm: str, rows: Any = slice(None)) -> Any:
+        return self.nll[arm][rows].sum(-1) / self.tokens[rows].sum(-1)
+
+    def difference(self, arm: str, other: str) -> tuple[float, float, float]:
+        """loss(arm) - loss(other): mean and 95 % interval."""
+        return (self.loss(arm) - self.loss(other), *self._range(self.loss(arm, self.draws) - self.loss(other, self.draws)))
+
+    def closure(self, arm: str) -> tuple[float, float, float]:
+        """Closure of the gap in loss: mean and 95 % interval."""
+        of = lambda rows: metrics.gap_closure(*(-self.loss(x, rows) for x in (arm, "host", self.ceiling)))[1]
+        return (of(slice(None)), *self._range(of(self.draws)))
+
+    def beats(self, arm: str, other: str) -> bool:
+        return self.difference(arm, other)[2] < 0
+
+    def falls(self, arm: str) -> bool:
+        return self.difference(arm, "host")[1] > 0
+
+    def figures(self, arm: str) -> dict[str, Any]:
+        accuracy = {key: float(self.right[key].mean()) for key in (arm, "host", self.ceiling) if key in self.right}
+        ratio, closure = metrics.gap_closure(*accuracy.values()) if len(accuracy) == 3 else (None, None)
+        return {
+            "loss": float(self.loss(arm)), "kl": float(self.kl[arm].sum() / self.tokens.sum()),
+            "closure": [float(x) for x in self.closure(arm)],
+            "loss_ratio": float(self.loss(self.ceiling) / self.loss(arm)),
+            "against_host": [float(x) for x in self.difference(arm, "host")],
+            "against_expert": [float(x) for x in self.difference(arm, "expert")],
+            "accuracy": accuracy.get(arm), "accuracy_ratio": ratio, "accuracy_closure": closure,
+        }  # fmt: skip
+
+    @staticmethod
+    def _range(values: np.ndarray) -> tuple[float, float]:
+        low, high = np.percentile(values, [2.5, 97.5])
+        return float(low), float(high)
+
+
+def choose(dev: dict[str, Judge], arms: tuple[str, ...]) -> str:
+    """The arm of the largest mean closure on dev among those that fall below the host nowhere."""
+    safe = [arm for arm in arms if not any(judge.falls(arm) for judge in dev.values())] or list(arms)
+    return max(safe, key=lambda arm: np.mean([judge.closure(arm)[0] for judge in dev.values()]))
+
+
+def bound_excess(judge: Judge) -> float:
+    """The most by which a text's loss under the mixture without share exceeds its bound; 0 or less is right.
+
+    One seed only: the bound is one of a text.
+    """
+    components = ("host", "expert", "static 0.5", "static 1.0", "static 1.5")
+    best = np.min([judge.nll[arm] for arm in components], 0)
+    return float((judge.nll["mixture share 0"] - best).max() - math.log(len(components)))
+
+
+# --- report ---
+
+
+def judge_all(study: Study, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """All figures and verdicts of one pair of models."""
+    names = tuple(study.tasks)
+    read = lambda part, task, experts: [study.cell(part, task, seed, experts) for seed in seeds]
+    single, several = {}, {}
+    for part in ("dev", "test"):
+        single[part] = {task: Judge(read(part, task, (task,)), "ceiling") for task in names}
+        several[part] = {task: Judge(read(part, task, names), "multi-task ceiling") for task in names}
+    tuned = {task: min((f"static {a}" for a in GRID), key=single["dev"][task].loss) for task in names}
+    default = choose(single["dev"], CANDIDATES)
+    default_several = choose(several["dev"], CANDIDATES_SEVERAL)
+    excess = [bound_excess(Judge([cell], "ceiling")) for part in ("dev", "test") for task in names
+              for cell in read(part, task, (task,))]  # fmt: skip
+    test, many = single["test"], several["test"]
+    rivals = {task: ("expert", tuned[task], "grid") for task in names}
+    return {
+        "seeds": seeds, "documents": {task: len(test[task].tokens) for task in names},
+        "tokens": {task: int(test[task].tokens.sum()) for task in names},
+        "tuned": tuned, "default": default, "default_several": default_several,
+        "single": {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in test.items()},
+        "several": {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in many.items()},
+        "alpha": {task: judge.alpha for task, judge in test.items()},
+        "alpha_several": {task: judge.alpha for task, judge in many.items()},
+        "verdicts": {
+            **{f"{default} beats {rival}": [task for task in names if test[task].beats(default, rivals[task][i])]
+               for i, rival in enumerate(("the expert alone", "the dev-tuned static weight", "grid"))},
+            f"{default} beats every static weight, chosen on test": [
+                task for task in names
+                if all(test[task].beats(default, f"static {a}") for a in GRID)
+            ],
+            f"{default} falls below the host": [task for task in names if test[task].falls(default)],
+            f"several experts: {default_several} beats select": [
+                task for task in names if many[task].beats(default_several, "select")
+            ],
+            f"several experts: {default_several} falls below the host": [
+                task for task in names if many[task].falls(default_several)
+            ],
+            "several experts: select falls below the host": [task for task in names if many[task].falls("select")],
+        },
+        "mean_closure_several": {
+            arm: float(np.mean([judge.closure(arm)[0] for judge in many.values()])) for arm in many[names[0]].nll
+        },
+        "largest_excess_over_bound": max(excess), "texts_bounded": sum(len(j.tokens) * len(seeds) for part in
+                                                                      single.values() for j in part.values()),
+    }  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    out = []
+    for setting, title in (("single", "One expert"), ("several", "All experts at once, the task unknown")):
+        for task, arms in result[setting].items():
+            out += [
+                f"\n**{title}: {task}** ({result['documents'][task]} documents, {result['tokens'][task]:,} tokens)\n",
+                "| arm | nats a token | closure of the gap | against host | against expert | KL from host | loss ratio "
+                "| accuracy | ratio (the paper's) | closure |", "|---" * 10 + "|",
+            ]
+            tuned = result["tuned"][task] if setting == "single" else None
+            for arm, f in arms.items():
+                if arm.startswith("static ") and arm.split()[1] not in ("0.5", "1.0", "1.5", "sum") and arm != tuned:
+                    continue
+                name = f"{arm} (tuned on dev)" if arm == tuned else arm
+                accuracy = "| | | |" if f["accuracy"] is None else (
+                    f"| {f['accuracy']:.3f} | {_number(f['accuracy_ratio'])} | {_number(f['accuracy_closure'])} |"
+                )  # fmt: skip
+                out.append(
+                    f"| {name} | {f['loss']:.3f} | {_interval(f['closure'])} | {_interval(f['against_host'])} | "
+                    f"{_interval(f['against_expert'])} | {f['kl']:.3f} | {f['loss_ratio']:.3f} {accuracy}"
+                )
+    out.append("\n**Mean alpha (several experts): task by expert**\n")
+    tasks_ = list(result["single"])
+    for arm in ("select", "match level uniform"):
+        out += [f"| {arm} | " + " | ".join(tasks_) + " |", "|---" * (len(tasks_) + 1) + "|"]
+        for task in tasks_:
+            mean = np.mean([alpha[arm]["mean"] for alpha in result["alpha_several"][task]], 0)
+            out.append(f"| {task} | " + " | ".join(f"{x:.2f}" for x in mean) + " |")
+        out.append("")
+    out.append("**Verdicts**\n")
+    out.append(f"Default for one expert, chosen on dev: {result['default']}; for several: {result['default_several']}.")
+    out += [f"- {claim}: {', '.join(found) or 'nowhere'}" for claim, found in result["verdicts"].items()]
+    out.append("- mean closure with several experts: " + ", ".join(
+        f"{arm} {x:.2f}" for arm, x in sorted(result["mean_closure_several"].items(), key=lambda item: -item[1])))  # fmt: skip
+    out.append(
+        f"- bound of the mixture without share: largest excess over {result['texts_bounded']:,} scored texts "
+        f"{result['largest_excess_over_bound']:+.3f} nats (0 or less: it holds)"
+    )
+    return "\n".join(out) + "\n"
+
+
+def _interval(x: list[float]) -> str:
+    return f"{x[0]:+.3f} [{x[1]:+.3f}, {x[2]:+.3f}]"
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None or not math.isfinite(x) else f"{x:.3f}"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Above: loss against KL from the host, one expert; below: closure of the gap with all experts at once."""
+    from matplotlib.figure import Figure
+
+    names = list(result["single"])
+    figure = Figure(figsize=(4.2 * len(names), 7.6), dpi=120, layout="constrained")
+    axes = figure.subplots(2, len(names))
+    marks = {"grid": ("s", "C1"), "newton J": ("D", "C2"), "match": ("v", "C4"), "mixture": ("*", "C3"),
+             "expert": ("o", "C5"), "ceiling": ("^", "0.3")}  # fmt: skip
+    labels = {"grid": "grid (the paper)", "expert": "small expert alone", "ceiling": "host fine-tuned"}
+    for axis, task in zip(axes[0], names, strict=True):
+        arms = result["single"][task]
+        line = [(arms[f"static {a}"]["kl"], arms[f"static {a}"]["loss"]) for a in GRID]
+        axis.plot(*zip(*line, strict=True), color="C0", lw=1.5, label="static, weight 0 to 2")
+        for a in (0.0, 1.0, 2.0):
+            point = line[GRID.index(a)]
+            axis.plot(*point, ".", color="C0")
+            axis.annotate(f"{a:g}", point, (4, 4), textcoords="offset points", fontsize=8, color="C0")
+        for arm, (mark, color) in marks.items():
+            axis.plot(arms[arm]["kl"], arms[arm]["loss"], mark, color=color, ms=12 if mark == "*" else 7,
+                      label=labels.get(arm, arm), zorder=3)  # fmt: skip
+        axis.set(title=task, xlabel="KL from the host (nats a token)")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("one expert: loss (nats a token), less is better")
+    axes[0][0].legend(fontsize=8)
+    shown = ["expert", "average of experts", "static sum 1/T", "select", "match level uniform", "match level evidence",
+             "mixture"]  # fmt: skip
+    for axis, task in zip(axes[1], names, strict=True):
+        values = [result["several"][task][arm]["closure"] for arm in shown]
+        for at, (arm, (mean, low, high)) in enumerate(zip(shown, values, strict=True)):
+            color = "C3" if arm == "mixture" else "C1" if arm == "select" else "C5" if arm == "expert" else "0.55"
+            axis.errorbar(mean, -at, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
+        axis.axvline(0, color="0.3", lw=1)
+        axis.axvline(1, color="0.3", lw=1, ls="--")
+        axis.set(xlabel="closure: 0 host, 1 fine-tuned on all tasks", yticks=[-i for i in range(len(shown))])
+        axis.set_yticklabels([{"expert": "its own expert"}.get(x, x) for x in shown] if axis is axes[1][0] else [])
+        axis.grid(alpha=0.25)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("experts", "ceilings", "report"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--host", default="base")
+    parser.add_argument("--small", default="mini")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="experts a task")
+    args = parser.parse_args()
+    study = Study(args.host, args.small, args.data, args.out)
+    seeds = SEEDS[: args.seeds]
+    if args.stage == "experts":
+        for seed in seeds:
+            for task in study.tasks:
+                study.model("small", task, seed)
+    elif args.stage == "ceilings":
+        for task in (*study.tasks, "all"):
+            study.model("host", task, 0)
+    else:
+        result = judge_all(study, seeds)
+        text = markdown(result)
+        print(text)
+        write_text(study.out / "report.json", json.dumps(result, indent=1))
+        write_text(study.out / "report.md", text)
+        plot(result, study.out / "report.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
