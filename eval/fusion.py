@@ -3,7 +3,8 @@
     python eval/fusion.py report --data DATA --out runs/fusion
     python eval/fusion.py report --data DATA --out runs/fusion --host STRONG --small WEAK
 
-`experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
+`experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is
+as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
 OUT/HOST-SMALL as soon as each is done, so the same command resumes. Texts are scored by teacher forcing, through
 the chain that `generate` would use; losses are nats a token, over all tokens after BOS. Accuracy is that of the
 label word after the text, by the probability of the first token in which the label words differ.
@@ -41,9 +42,8 @@ import numpy as np
 import torch
 
 import logitproc as lp
-from logitproc import cli
+from logitproc import cli, metrics
 from logitproc.artifact import write_text
-from logitproc import metrics
 from logitproc.methods.fusion import fuse
 from logitproc.scoring import process_positions
 
@@ -140,7 +140,13 @@ def encode(tokenizer: Any, task: Task, document: Document) -> tuple[list[int], i
 
 def train(source: str, rows: list[list[int]], out: Path, rate: float, seed: int) -> None:
     """Fine-tune a model on token ids and save it to `out`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
 
     if out.exists():
         return
@@ -210,33 +216,26 @@ class Study:
         }
         result: dict[str, Any] = {"tokens": [], "arms": {}, "alpha": {}}
         for ids, mask, labels in self._batches(part, name):
-            result["tokens"] += mask[:, 1:].sum(1).tolist()
-            inside = mask[:, :-1].bool() & mask[:, 1:].bool()
-            flat = lambda scores: scores[:, :-1][inside]
+            inside = mask[:, :-1].bool() & mask[:, 1:].bool()  # a token follows
             logits = host(input_ids=ids, attention_mask=mask).logits
             small = [companion(ids, mask, ids.shape[1]) for companion in (base, *experts)]
-            log_p = flat(logits).log_softmax(-1)
-            note = lambda arm, scores: _note(
-                result["arms"].setdefault(arm, {"nll": [], "kl": [], "right": []}),
-                flat(scores).log_softmax(-1), log_p, ids, inside, labels,
-            )  # fmt: skip
-            note("host", logits)
-            note("base", small[0])
-            note("expert", small[1 + names.index(name)])
+            arms = {"host": logits, "base": small[0], "expert": small[1 + names.index(name)]}
             if not one:
-                note("average of experts", torch.stack([z.log_softmax(-1) for z in small[1:]]).logsumexp(0))
-            for arm, model in ceilings.items():
-                note(arm, model(input_ids=ids, attention_mask=mask).logits)
-            for arm, chain in chains.items():
-                note(arm, process_positions(chain, ids, logits, mask))
-            rows = [flat(z) for z in (logits, *small)]
+                arms["average of experts"] = torch.stack([z.log_softmax(-1) for z in small[1:]]).logsumexp(0)
+            arms |= {arm: model(input_ids=ids, attention_mask=mask).logits for arm, model in ceilings.items()}
+            rows = [z[:, :-1][inside] for z in (logits, *small)]
+            log_p = rows[0].log_softmax(-1)
+            for arm in (*arms, *chains):
+                scores = arms[arm] if arm in arms else process_positions(chains[arm], ids, logits, mask)
+                found = result["arms"].setdefault(arm, {"nll": [], "kl": [], "right": []})
+                _note(found, scores[:, :-1][inside].log_softmax(-1), log_p, ids, inside, labels)
+            result["tokens"] += inside.sum(1).tolist()
             for arm in ("grid", "newton J", "match") if one else ("select", "match level uniform"):
                 settings = {k: v for k, v in (SINGLE if one else SEVERAL)[arm].items() if k != "weights"}
                 alpha = fuse(rows[0], rows[1], rows[2:], **settings).alpha
                 result["alpha"].setdefault(arm, []).extend(alpha.tolist())
-        for arm, alpha in result["alpha"].items():
-            values = np.array(alpha)
-            result["alpha"][arm] = {"mean": values.mean(0).tolist(), "sd": values.std(0).tolist()}
+        for arm, found in result["alpha"].items():
+            result["alpha"][arm] = {"mean": np.mean(found, 0).tolist(), "sd": np.std(found, 0).tolist()}
         return result
 
     def _batches(self, part: str, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
@@ -287,7 +286,8 @@ class Judge:
 
     def difference(self, arm: str, other: str) -> tuple[float, float, float]:
         """loss(arm) - loss(other): mean and 95 % interval."""
-        return (self.loss(arm) - self.loss(other), *self._range(self.loss(arm, self.draws) - self.loss(other, self.draws)))
+        of = lambda rows: self.loss(arm, rows) - self.loss(other, rows)
+        return (of(slice(None)), *self._range(of(self.draws)))
 
     def closure(self, arm: str) -> tuple[float, float, float]:
         """Closure of the gap in loss: mean and 95 % interval."""
@@ -416,8 +416,8 @@ def markdown(result: dict[str, Any]) -> str:
     out.append("**Verdicts**\n")
     out.append(f"Default for one expert, chosen on dev: {result['default']}; for several: {result['default_several']}.")
     out += [f"- {claim}: {', '.join(found) or 'nowhere'}" for claim, found in result["verdicts"].items()]
-    out.append("- mean closure with several experts: " + ", ".join(
-        f"{arm} {x:.2f}" for arm, x in sorted(result["mean_closure_several"].items(), key=lambda item: -item[1])))  # fmt: skip
+    ranked = sorted(result["mean_closure_several"].items(), key=lambda item: -item[1])
+    out.append("- mean closure with several experts: " + ", ".join(f"{arm} {x:.2f}" for arm, x in ranked))
     out.append(
         f"- bound of the mixture without share: largest excess over {result['texts_bounded']:,} scored texts "
         f"{result['largest_excess_over_bound']:+.3f} nats (0 or less: it holds)"
