@@ -138,6 +138,7 @@ def encode(tokenizer: Any, task: Task, document: Document) -> tuple[list[int], i
 # --- models ---
 
 
+@torch.enable_grad()  # it is called while scoring, too
 def train(source: str, rows: list[list[int]], out: Path, rate: float, seed: int) -> None:
     """Fine-tune a model on token ids and save it to `out`."""
     from transformers import (
@@ -302,7 +303,8 @@ class Judge:
 
     def figures(self, arm: str) -> dict[str, Any]:
         accuracy = {key: float(self.right[key].mean()) for key in (arm, "host", self.ceiling) if key in self.right}
-        ratio, closure = metrics.gap_closure(*accuracy.values()) if len(accuracy) == 3 else (None, None)
+        gap = len(accuracy) == 3 and accuracy["host"] != accuracy[self.ceiling]
+        ratio, closure = metrics.gap_closure(*accuracy.values()) if gap else (None, None)
         return {
             "loss": float(self.loss(arm)), "kl": float(self.kl[arm].sum() / self.tokens.sum()),
             "closure": [float(x) for x in self.closure(arm)],

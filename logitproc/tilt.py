@@ -77,7 +77,8 @@ def root(
 ) -> tuple[Tensor, Tensor]:
     """(a in [0, high] with R, F or J = nats, whether it lies beyond high), each [rows]; one direction.
 
-    variance [rows] is that of d under p. A row whose divergence at `high` is below `nats` gets exactly `high`.
+    variance [rows] is that of d under p. A row whose divergence at `high` is below `nats` by more than rounding
+    gets exactly `high`.
 
     Newton on s = sqrt(2 f), nearly linear in a, from the a of small shifts. A step beyond `high` goes to `high`,
     once; one that leaves the bracket known so far bisects it. A row is done with the step after s was near its
@@ -97,10 +98,14 @@ def root(
         step = a - (s - goal) * s / slope
         step = torch.where(upper.isinf(), step.nan_to_num(high, high).clamp(max=high), step)
         inside = (step >= low) & (step <= upper)  # false for NaN
-        a = torch.where(done | beyond, a, torch.where(inside, step, (low + upper) / 2))
+        a = torch.where(done | beyond, a, torch.where(inside, step, (low + upper.clamp(max=high)) / 2))
         done = done | beyond | ((s - goal).abs() <= near * goal)
         if a.device.type == "cpu" and bool(done.all()):
             break
+    else:  # some row may still be on its way to `high`
+        top = torch.full_like(a, high)
+        late = ~done & (divergence(target, top, moments(family, top), mean)[0] < nats)
+        a, beyond = torch.where(late, top, a), beyond | late
     return a, beyond
 
 
