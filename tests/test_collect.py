@@ -512,8 +512,8 @@ def test_the_prompt_of_the_paper():
 def test_seed_examples_are_drawn_with_the_items_seed():
     prompts = {job(shots=2).prompt(Item("", "good", 1, 0, 0), seed) for seed in range(40)}
     assert len(prompts) == 6  # two of three, in either order
-    assert all(prompt.endswith("w9 w6 w10 ") and prompt.count("w9 w6 w10 w1") == 2 for prompt in prompts)
-    assert job().prompt(Item("", "bad", 0, 0, 0), 0) == "w9 w7 w8 w10 "
+    assert all(prompt.endswith("w9 w6 w10") and prompt.count("w9 w6 w10 w1") == 2 for prompt in prompts)
+    assert job().prompt(Item("", "bad", 0, 0, 0), 0) == "w9 w7 w8 w10"
     assert len(job(shots=2).longest_prompt(Item("", "good", 1, 0, 0))) == max(map(len, prompts))
 
 

@@ -137,7 +137,7 @@ class Job:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], base: Path = Path()) -> Self:
-        """Build a job from what a job file holds; files in it are relative to `base`."""
+        """Build a job from what a job file holds; files in it lie in `base`, else where the path leads from here."""
         given = dict(given)
         _check_keys("key of the job file", given, cls)
         for key in ("labels", "template", "items_per_label"):
@@ -160,8 +160,8 @@ class Job:
             elif key != "oracle":
                 given.pop(key, None)
         if given.get("oracle"):
-            files = {key: str(base / name) for key, name in vars(given["oracle"]).items() if name}
-            given["oracle"] = Oracle(**files)
+            beside = lambda name: str(base / name) if (base / name).is_file() else name
+            given["oracle"] = Oracle(**{key: beside(name) for key, name in vars(given["oracle"]).items() if name})
         given["chain"] = _chain(given.get("chain") or [], base)
         return cls(**given)
 
@@ -236,7 +236,8 @@ class Job:
                 shown += [self._fill(self.template, wording, text) for text in choose(texts, number)]
         shuffle(shown)
         opening = self._fill(self.template.partition("{text}")[0], self.labels[item.label][item.prompt_id])
-        return "".join(example.strip() + "\n\n" for example in shown) + opening
+        # A text begins with the space before it: after a space of its own the model sees no beginning of a word.
+        return "".join(example.strip() + "\n\n" for example in shown) + opening.rstrip(" ")
 
     @property
     def stop(self) -> list[str]:
