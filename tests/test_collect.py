@@ -144,10 +144,7 @@ def test_a_scope_of_labels_gives_each_label_its_own_chain(tmp_path):
     spec = [{"name": "suppression", "rule": "paper", "scope": "label"}]
     items = collected(tmp_path, chain=spec)
     assert complete(tmp_path, items)
-    one_prompt = {"labels": {"good": "w4", "bad": "w4"}, "seed_examples": {}, "chain": spec, "round_items": 12}
-    chains = run.build_chains(
-        [run._Member.load(spec[0])], rebuilt(items), list(job(**one_prompt).labels)
-    )
+    chains = run.build_chains([run._Member(spec[0])], rebuilt(items), list(JOB["labels"]))
     scores = torch.zeros(1, 97)
     of = lambda label: chains[label](torch.zeros(1, 1, dtype=torch.long), scores)
     assert not torch.equal(of("good"), of("bad"))

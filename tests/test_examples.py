@@ -1,5 +1,7 @@
 """What the README and `examples/` show is run, on the bundled model, offline."""
 
+import csv
+import importlib
 import os
 import re
 import shlex
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from logitproc import cli
 
 ROOT = Path(__file__).parent.parent
 STYLE = """The old captain told us, as he always did, that the sea forgives no man his second mistake.
@@ -65,3 +69,28 @@ def test_the_setup_commands_of_the_readme_are_one_line_each():
     for mark in ("demo", "tests"):
         block = re.search(rf"<!-- {mark} -->\n```bash\n(.*?)\n```", text, re.DOTALL)[1]
         assert "\n" not in block
+
+
+def test_the_collection_of_the_readme_runs_is_corrected_and_compared(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    (folder / "examples").symlink_to(ROOT / "examples")
+    text = (ROOT / "README.md").read_text()
+    commands = text.split("## A labelled data set")[1].split("```bash\n")[1].split("```")[0].splitlines()
+    collect, export, apply = (line.partition("  #")[0].split()[1:] for line in commands)
+
+    assert cli.main([*collect, "--set", "items_per_label=7", "--set", "plain_items_per_label=3"]) == 0
+    report = capsys.readouterr().out
+    for part in ("novel: ", "abstract: ", "14 items in", "label accuracy", "plain sampling"):
+        assert part in report
+    assert cli.main(export) == 0
+    with open("check.csv", newline="") as file:
+        exported = list(csv.DictReader(file))
+    with open("check.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(exported[0]))
+        writer.writeheader()
+        writer.writerows({**row, "correct_label": row["label"]} for row in exported[:9])
+    assert cli.main(apply) == 0 and "labels changed" in capsys.readouterr().out
+    compare = re.search(r"python eval/diversity\.py (.*)", text)[1].split()
+    assert importlib.import_module("diversity").main(compare) == 0
+    assert "Vendi score" in capsys.readouterr().out and Path("runs/compared/diversity.png").is_file()

@@ -90,7 +90,7 @@ class _Run:
         self.about = {"weights": fingerprint(model), "tokenizer": describe_tokenizer(tokenizer)["fingerprint"]}
         self.digest = job.digest(json.dumps(self.about))
         self.items = job.items(self.digest)
-        self.members = [_Member.load(spec) for spec in job.chain]
+        self.members = [_Member(spec) for spec in job.chain]
         self.ledger = self._new_ledger()
         self.log = ItemLog(output, self.rank)
         # round -> (id, attempt) -> what its line says; rounds that are settled are dropped
@@ -312,38 +312,25 @@ class _Run:
 # --- the chain ---
 
 
-class _Member(NamedTuple):
-    """A processor of the job's chain, whose fitted parts are read once."""
+class _Member:
+    """A processor of the job's chain. What the ledger does not change is made once, fitted parts are read once."""
 
-    cls: type[Processor]
-    parameters: dict[str, Any]
-
-    @classmethod
-    def load(cls, spec: dict[str, Any]) -> "_Member":
-        processor = registry.get(spec["name"])
-        parameters = {key: value for key, value in spec.items() if key != "name"}
-        for key, kind in processor.artifacts.items():
-            if isinstance(parameters.get(key), str):
-                parameters[key] = kind.load(parameters[key])
-        return cls(processor, parameters)
-
-    @property
-    def reads_ledger(self) -> bool:
-        """Whether it has a field `ledger` that the job left for the collection to fill."""
-        return "ledger" in self.cls.artifacts and "ledger" not in self.parameters
-
-    @property
-    def reads_label(self) -> bool:
-        """Whether it treats labels differently, which the field `scope` says."""
-        return self.reads_ledger and self.parameters.get("scope") == "label"
+    def __init__(self, spec: dict[str, Any]):
+        self.cls: type[Processor] = registry.get(spec["name"])
+        self.parameters = {key: value for key, value in spec.items() if key != "name"}
+        # A job leaves `ledger` for the collection to fill; the field `scope` says whether labels are told apart.
+        self.reads_ledger = "ledger" in self.cls.artifacts and "ledger" not in self.parameters
+        self.reads_label = self.reads_ledger and self.parameters.get("scope") == "label"
+        for key, kind in self.cls.artifacts.items():
+            if isinstance(self.parameters.get(key), str):
+                self.parameters[key] = kind.load(self.parameters[key])
+        self.fixed = None if self.reads_ledger else self.cls.from_parameters(self.parameters)
 
     def build(self, ledger: TokenLedger, label: str) -> Processor:
-        given = dict(self.parameters)
-        if self.reads_ledger:
-            given["ledger"] = ledger
-        if self.reads_label:
-            given["label"] = label
-        return self.cls.from_parameters(given)
+        if self.fixed is not None:
+            return self.fixed
+        of_label = {"label": label} if self.reads_label else {}
+        return self.cls.from_parameters({**self.parameters, "ledger": ledger, **of_label})
 
 
 def build_chains(members: Sequence[_Member], ledger: TokenLedger, labels: Sequence[str]) -> dict[str, Chain]:
