@@ -12,7 +12,9 @@ _LAZY = {
     "Companion": "companion", "generate": "generation", "Speculation": "speculative",
     "NGramPrior": "prior", "TokenLedger": "ledger",
     "NGramStyleLogitsProcessor": "methods.ngram",
-    "SuppressionLogitsProcessor": "methods.suppression",
+    "SuppressionLogitsProcessor": "methods.suppression", "VQLogitsProcessor": "methods.vq",
+    "VQHead": "heads", "Calibration": "heads", "attach": "heads", "detach": "heads", "convert": "heads",
+    "load_converted": "heads", "tie_floor": "heads", "tie_floor_min": "heads",
 }  # fmt: skip
 __all__ = [*_LAZY, "__version__"]
 
@@ -22,9 +24,20 @@ if TYPE_CHECKING:
     from .chain import Chain
     from .companion import Companion
     from .generation import generate
+    from .heads import (
+        Calibration,
+        VQHead,
+        attach,
+        convert,
+        detach,
+        load_converted,
+        tie_floor,
+        tie_floor_min,
+    )  # fmt: skip
     from .ledger import TokenLedger
     from .methods.ngram import NGramStyleLogitsProcessor
     from .methods.suppression import SuppressionLogitsProcessor
+    from .methods.vq import VQLogitsProcessor
     from .prior import NGramPrior
     from .processor import Processor
     from .registry import get, names, register

@@ -74,6 +74,11 @@ class Artifact:
             )
 
 
+def kind_of(folder: str | Path, base: Path | None = None) -> str:
+    """The kind of a saved artifact; errors as `Artifact.load`."""
+    return str(_read_json(_find(folder, base) / _JSON).get("kind"))
+
+
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Fingerprint, name, vocab_size (largest id + 1) and special ids of a transformers tokenizer.
 

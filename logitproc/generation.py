@@ -126,7 +126,7 @@ def _assumed_mask(prompt: Tensor, pad: int | None, eos: int | list[int] | None) 
 
 def _width(model: PreTrainedModel) -> int | None:
     head = model.get_output_embeddings()
-    return None if head is None or head.weight is None else head.weight.shape[0]
+    return getattr(head, "out_features", None)  # of a linear layer and of a `Head`; None where there is neither
 
 
 def seed_everything(seed: int) -> None:

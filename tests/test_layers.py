@@ -19,6 +19,7 @@ LAYERS = (
     {"bundled"},
     {"artifact", "counting", "corpus"},
     {"prior", "arpa", "ledger", "companion", "evidence", "processor", "ops", "tilt"},
+    {"heads"},
     {"methods"},
     {"chain"},
     {"speculative"},
