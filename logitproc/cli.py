@@ -25,7 +25,7 @@ import typer
 from typer import Option
 
 from . import __version__, registry
-from .bundled import bundled, find_model, pocket
+from .bundled import bundled, find_model, plainness, pocket
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -38,11 +38,15 @@ if TYPE_CHECKING:
     from .processor import Processor
     from .speculative import Speculation
 
-DEMO = ("ngram:prior=quixote,strength=1.0",)  # a row of the demo each
+DEMO = (  # a row of the demo each, all on the host `base`
+    "ngram:prior=quixote,strength=1.0",
+    "aligndistil:dpo=mini-dpo,reverse=mini-reverse-dpo",
+)
 DEMO_JUDGE = "quixote-held-out"  # counts of text that no steering prior has seen
 DEMO_PROMPTS = (
     "The knight turned to his servant and said", "When they came to the inn,", "She opened the letter, and",
 )  # fmt: skip
+DEMO_TEXTS = 4  # of each prompt go into the figures; the first is shown
 DEMO_SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 0}
 
 # Errors that the input causes. KeyError and IndexError are the two LookupErrors that only a bug raises.
@@ -753,9 +757,10 @@ def demo(
     """Show what the methods do, offline.
 
     Text of the bundled model before and after, and what it cost. Style perplexity is under a Kneser-Ney
-    model of held-out Don Quixote: lower is more like it. Base perplexity is under the unsteered model:
-    higher is stranger to it. JS is how far the next-token distribution moved, from 0 to 1 bit, a mean over
-    the generated tokens.
+    model of held-out Don Quixote: lower is more like it. Plainness is the reward of the bundled preference
+    models, for the first 25 words. Base perplexity is under the unsteered model: higher is stranger to it. JS is how
+    far the next-token distribution moved, from 0 to 1 bit. All are means over the same few texts: they show
+    what to look at, the studies in eval/RESULTS.md say what holds.
     """
     texts = read_prompts(prompt or DEMO_PROMPTS, None)
     _quiet(context)
@@ -763,6 +768,7 @@ def demo(
     from .generation import decode
     from .prior import NGramPrior
 
+    source = pocket("base")
     chains = {"unsteered": Chain()}
     for setting in DEMO:
         item = parse_processor(setting)
@@ -770,8 +776,8 @@ def demo(
             item["strength"] = strength
         chains[_as_flag(item)] = Chain.from_spec([item])
     judge = NGramPrior.load(DEMO_JUDGE)
-    source = pocket("base")
-    tokenizer, config, prompts = _prepare(source, texts, {**DEMO_SAMPLING, "max_new_tokens": max_new_tokens})
+    every = [text for text in texts for _ in range(DEMO_TEXTS)]
+    tokenizer, config, prompts = _prepare(source, every, {**DEMO_SAMPLING, "max_new_tokens": max_new_tokens})
     judge.check_tokenizer(tokenizer)
     model = load_model(source, "auto", "cpu", None)
     rows: list[dict[str, Any]] = []
@@ -779,20 +785,24 @@ def demo(
         _seed(seed)
         results = _continue(model, tokenizer, chain, prompts, config)
         decoded = [decode(tokenizer, *pair) for pair in zip(prompts, results, strict=True)]
-        figures = _figures(model, chain, judge, prompts, results)
-        rows.append({"method": label, "seed": seed, **figures, "prompts": texts, "texts": decoded})
+        figures = _figures(model, chain, judge, prompts, results, decoded)
+        rows.append({"method": label, "seed": seed, **figures, "prompts": every, "texts": decoded})
     if as_json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return
     plain, *steered = rows
-    for row in steered:
-        heads = [plain["method"], row["method"]]
-        for text, *columns in zip(texts, plain["texts"], row["texts"], strict=True):
-            print(f"{text} ...\n\n{_side_by_side(heads, columns)}\n")
-    heading = ("", "style perplexity", "base perplexity", "JS (bits)", "tokens")
+    summaries = {entry.name: entry.summary for entry in registry.entries()}
+    for number, row in enumerate(steered):
+        at = number % len(texts) * DEMO_TEXTS
+        columns = _side_by_side([plain["method"], row["method"]], [plain["texts"][at], row["texts"][at]])
+        print(f"{summaries[row['method'].partition(':')[0]]}\n\n{every[at]} ...\n\n{columns}\n")
+    heading = ("", "style perplexity", "plainness", "base perplexity", "JS (bits)")
     print(_table([heading, *(_figure_cells(row) for row in rows)], right=True))
-    print("Style: held-out Don Quixote, lower is closer. Base: the unsteered model. More: demo --help\n")
+    print(
+        "\nStyle: held-out Don Quixote, lower is closer. Plainness: short words, higher is plainer. Base: the\n"
+        f"unsteered model, lower is likelier. {len(every)} texts a row. More: demo --help\n"
+    )
     print(
         f"Try next: logitproc generate --prompt {shlex.quote(texts[0])} --proc {shlex.quote(DEMO[0])}, or "
         "logitproc fit ngram --corpus YOUR.txt --out my-prior"
@@ -800,9 +810,10 @@ def demo(
 
 
 def _figures(
-    model: Any, chain: "Chain", judge: "NGramPrior", prompts: list[list[int]], results: list[list[int]]
-) -> dict[str, float]:
-    """Means over the generated tokens."""
+    model: Any, chain: "Chain", judge: "NGramPrior", prompts: list[list[int]], results: list[list[int]],
+    texts: list[str],
+) -> dict[str, float]:  # fmt: skip
+    """Means over the generated tokens; plainness is one over the texts."""
     from .scoring import score_continuations
 
     scores = score_continuations(model, chain, prompts, results)
@@ -810,12 +821,13 @@ def _figures(
     mean = lambda key: sum(row[key] * row["tokens"] for row in scores) / tokens
     style = sum(judge.log_prob(ids, prompt).sum() for prompt, ids in zip(prompts, results, strict=True))
     return {"scored_tokens": tokens, "style_perplexity": math.exp(-style / tokens),
+            "plainness": sum(plainness(" ".join(text.split()[:25])) for text in texts) / len(texts),
             "base_perplexity": math.exp(mean("base_nll")), "js_bits": mean("js")}  # fmt: skip
 
 
 def _figure_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    figures = (f"{row['style_perplexity']:.1f}", f"{row['base_perplexity']:.1f}", f"{row['js_bits']:.3f}")
-    return (row["method"], *figures, str(row["scored_tokens"]))
+    figures = (f"{row['style_perplexity']:.1f}", f"{row['plainness']:+.2f}", f"{row['base_perplexity']:.1f}")
+    return (row["method"], *figures, f"{row['js_bits']:.3f}")
 
 
 # --- layout ---

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import logitproc as lp
-from logitproc import bundled, cli, generation
+from logitproc import bundled, cli, generation, registry
 from logitproc.artifact import describe_tokenizer
 
 TEXT = "the knight rode down the road and the road was long and the knight was old\n" * 3
@@ -26,7 +26,7 @@ PROMPTS = ["the old knight", "the road was", "and"]
 
 @pytest.fixture(scope="session")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the package bundles, in small: the models `base` and `mini`, the priors of the demo."""
+    """What the package bundles, in small: the models and the priors of the demo."""
     folder = tmp_path_factory.mktemp("pocket")
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     # As sentencepiece does: a word begins with its space, which decoding drops at the start of a text.
@@ -43,7 +43,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=width, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    for seed, name in enumerate(["base", "mini"]):
+    for seed, name in enumerate(["base", "mini", "mini-dpo", "mini-reverse-dpo"]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -567,13 +567,15 @@ def test_an_interrupted_fit_says_that_it_can_be_resumed(monkeypatch, refused, co
 def test_demo_shows_text_side_by_side_and_a_table(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     status, out, err = run("demo", "--max-new-tokens", 12)
-    assert (status, err) == (0, "")
+    assert status == 0 and all(line.startswith("Loading the companion") for line in err.splitlines())
     lines = out.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if "style perplexity" in line) :]
-    assert table[1].startswith("unsteered") and table[2].startswith("ngram:prior=quixote,strength=1.0")
-    assert all(f"{prompt} ..." in lines for prompt in cli.DEMO_PROMPTS)
-    assert all(len(line) <= 100 for line in lines[:-1])
-    assert sum(" | " in line for line in lines) >= 3 * len(cli.DEMO_PROMPTS)
+    assert [line.split()[0] for line in table[1 : 2 + len(cli.DEMO)]] == ["unsteered", *cli.DEMO]
+    assert all(f"{prompt} ..." in lines for prompt in cli.DEMO_PROMPTS[: len(cli.DEMO)])
+    shown = {setting.partition(":")[0] for setting in cli.DEMO}
+    assert all(entry.summary in lines for entry in registry.entries() if entry.name in shown)
+    assert all(len(line) <= 120 for line in lines[:-1])
+    assert sum(" | " in line for line in lines) >= 3 * len(cli.DEMO)
     assert lines[-1].startswith("Try next: logitproc generate") and "logitproc fit ngram" in lines[-1]
 
 
@@ -589,10 +591,13 @@ def test_demo_figures_repeat_and_mean_what_they_say(run, pocket, monkeypatch):
     arguments = ["demo", "--max-new-tokens", 12, "--seed", 4, "--json"]
     status, out, _ = run(*arguments)
     assert status == 0 and run(*arguments)[1] == out
-    plain, steered = records(out)
-    assert list(plain) == ["method", "seed", "scored_tokens", "style_perplexity", "base_perplexity",
+    plain, *steered = records(out)
+    assert list(plain) == ["method", "seed", "scored_tokens", "style_perplexity", "plainness", "base_perplexity",
                            "js_bits", "prompts", "texts"]  # fmt: skip
-    assert plain["method"] == "unsteered" and plain["js_bits"] == 0 < steered["js_bits"] <= 1
+    assert plain["method"] == "unsteered" and plain["js_bits"] == 0
+    assert all(0 < row["js_bits"] <= 1 for row in steered)
+    cut = [" ".join(text.split()[:25]) for text in plain["texts"]]
+    assert plain["plainness"] == pytest.approx(sum(map(bundled.plainness, cut)) / len(cut))
 
     model = AutoModelForCausalLM.from_pretrained(pocket / "base")
     judge = lp.NGramPrior.load("quixote-held-out")
@@ -608,7 +613,7 @@ def test_demo_figures_repeat_and_mean_what_they_say(run, pocket, monkeypatch):
 
 def test_demo_takes_a_strength(run, refused):
     arguments = ["demo", "--prompt", "the", "--max-new-tokens", 8, "--json"]
-    plain, steered = records(run(*arguments, "--strength", 0)[1])
+    plain, steered, *_ = records(run(*arguments, "--strength", 0)[1])
     assert steered["method"] == "ngram:prior=quixote,strength=0.0"
     assert steered["texts"] == plain["texts"] and steered["js_bits"] == 0
     assert "strength" in refused(*arguments, "--strength", 2)
