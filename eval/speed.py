@@ -30,6 +30,7 @@ BOUNDS = {
     ("ngram backoff", "log_softmax", 32_000, 1): 3.0,
     ("ngram backoff", "log_softmax", 151_936, 8): 3.0,
     ("Chain of 5 no-ops", "list of 1 no-op", 32_000, 1): 1.0,
+    ("generate with aligndistil", "generate", 8192, 8): 2.0,
     ("suppression paper", "scores.clone()", 151_936, 8): 1.5,
     ("suppression ratio", "scores.clone()", 151_936, 8): 1.5,
     ("suppression dry", "scores.clone()", 151_936, 8): 1.5,
@@ -165,6 +166,44 @@ def suppression_steps(items: int = 2000, length: int = 60, buffers: int = 8) -> 
     return rows
 
 
+def aligndistil_steps(device: str, buffers: int = 8) -> list[dict]:
+    """The teacher of each coefficient on given scores, and generation with one companion of the host's size."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import logitproc as lp
+    from logitproc.methods.aligndistil import teacher
+
+    settings = {"adaptive": {}, "constant": {"coefficient": 1.0}, "masked": {"plausibility": 0.1},
+                "kl_cap": {"kl_cap": 0.2}}  # fmt: skip
+    rows = []
+    for vocabulary in (32_000, 151_936):
+        generator = torch.Generator().manual_seed(0)
+        scores = [3 * torch.randn(8, vocabulary, generator=generator).to(device) for _ in range(buffers)]
+        z = lambda i, s=scores: s[i % buffers]
+        for label, given in settings.items():
+            result = compare(
+                lambda i, z=z, given=given: teacher(z(i), z(i + 1), z(i), **given),
+                lambda i, z=z: z(i).log_softmax(-1), rounds=20, calls=2,
+            )  # fmt: skip
+            rows.append({"what": f"aligndistil {label}", "against": "log_softmax", "vocabulary": vocabulary,
+                         "batch": 8} | result)  # fmt: skip
+
+    host = lp.pocket("mini-dpo")
+    model = AutoModelForCausalLM.from_pretrained(host, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(host)
+    chain = lp.Chain.from_spec([{"name": "aligndistil", "reverse": {"model": "mini-reverse-dpo", "dtype": "float32"}}])
+    prompt = tokenizer(["The road was long"] * 8, return_tensors="pt").to(device)
+
+    def generated(i: int, chain: Any) -> None:
+        torch.manual_seed(i)
+        lp.generate(model, chain, **prompt, do_sample=True, top_k=0, min_new_tokens=64, max_new_tokens=64)
+
+    result = compare(lambda i: generated(i, chain), lambda i: generated(i, lp.Chain()), 6, 1)
+    about = {"what": "generate with aligndistil", "against": "generate", "vocabulary": tokenizer.vocab_size}
+    return [*rows, about | {"batch": 8} | result]
+
+
 def whole_jobs(device: str) -> list[dict]:
     """Scoring and generation with the bundled model, through the default chain, beside the bare model."""
     import torch
@@ -232,7 +271,8 @@ def table(rows: list[dict]) -> str:
 
 
 PARTS: dict[str, Callable[[str], list[dict]]] = {
-    "steps": lambda device: steps(), "suppression": lambda device: suppression_steps(), "jobs": whole_jobs,
+    "steps": lambda device: steps(), "suppression": lambda device: suppression_steps(),
+    "aligndistil": aligndistil_steps, "jobs": whole_jobs,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ _LAZY = {
     "Processor": "processor", "Chain": "chain", "Artifact": "artifact", "pocket": "bundled",
     "Companion": "companion", "generate": "generation", "Speculation": "speculative",
     "NGramPrior": "prior", "TokenLedger": "ledger",
-    "NGramStyleLogitsProcessor": "methods.ngram",
+    "AlignDistilLogitsProcessor": "methods.aligndistil", "NGramStyleLogitsProcessor": "methods.ngram",
     "SuppressionLogitsProcessor": "methods.suppression", "VQLogitsProcessor": "methods.vq",
     "VQHead": "heads", "Calibration": "heads", "attach": "heads", "detach": "heads", "convert": "heads",
     "load_converted": "heads", "tie_floor": "heads", "tie_floor_min": "heads",
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         tie_floor_min,
     )  # fmt: skip
     from .ledger import TokenLedger
+    from .methods.aligndistil import AlignDistilLogitsProcessor
     from .methods.ngram import NGramStyleLogitsProcessor
     from .methods.suppression import SuppressionLogitsProcessor
     from .methods.vq import VQLogitsProcessor
