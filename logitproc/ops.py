@@ -9,7 +9,7 @@ def plausible(p: Tensor, alpha: float) -> Tensor:
     return p >= alpha * p.amax(-1, keepdim=True)
 
 
-def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 24) -> Tensor:
+def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 20) -> Tensor:
     """s [..., 1], the largest s in [0, 1] with KL(softmax(scores + s bias), softmax(scores)) <= nats.
 
     KL grows with s (its derivative is s Var_q(bias)), so bisection is safe; s = 1 where that fits.
@@ -17,8 +17,9 @@ def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 24) ->
     log_p = scores.log_softmax(-1)
 
     def divergence(s: Tensor) -> Tensor:
-        log_q = (scores + s * bias).log_softmax(-1)
-        return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1, keepdim=True)
+        log_q = torch.addcmul(log_p, bias, s).log_softmax(-1)
+        log_ratio = (log_q - log_p).nan_to_num_(0.0)  # NaN where both are -inf
+        return torch.linalg.vecdot(log_q.exp_(), log_ratio)[..., None]
 
     low, high = torch.zeros_like(scores[..., :1]), torch.ones_like(scores[..., :1])
     whole = divergence(high) <= nats
