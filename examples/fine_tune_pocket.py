@@ -36,7 +36,7 @@ BOOKS = ("bronte", "darwin", "dubois")
 PROMPT_WORDS, ANSWER_TOKENS, ANSWERS = 8, 40, 4
 PROMPTS, HELD_OUT_PROMPTS, SEED = 3000, 300, 0
 BETA, LEARNING_RATE, BATCH, EPOCHS = 0.1, 3e-4, 64, 1
-EXPERT_LEARNING_RATE, EXPERT_EPOCHS = 1e-3, 4
+EXPERT_LEARNING_RATE, EXPERT_EPOCHS = 2e-3, 1
 
 
 def load(name: str) -> torch.nn.Module:
@@ -121,7 +121,7 @@ def settings(out: Path, name: str, rate: float, epochs: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return dict(
         output_dir=str(out / f"{name}.checkpoints"), learning_rate=rate, num_train_epochs=epochs, seed=SEED,
-        per_device_train_batch_size=BATCH // 4, gradient_accumulation_steps=4, warmup_steps=0.1,
+        per_device_train_batch_size=BATCH, warmup_steps=0.1,
         lr_scheduler_type="linear", max_length=128, gradient_checkpointing=False, bf16=True, use_cpu=not cuda,
         logging_steps=20, save_strategy="no", report_to="none",
     )  # fmt: skip
