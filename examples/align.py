@@ -14,7 +14,7 @@ reverse = lp.Companion.load("mini-reverse-dpo")
 
 prompts = ["The road was long, and", "It is well known that", "She looked at the door and"] * 8
 inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-for r in (0.0, 2.0, 8.0):
+for r in (0.0, 1.0, 4.0):
     chain = lp.Chain([lp.AlignDistilLogitsProcessor(reverse, r=r)])
     set_seed(0)
     output = lp.generate(model, chain, tokenizer=tokenizer, **inputs, do_sample=True, max_new_tokens=30)

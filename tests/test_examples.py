@@ -55,6 +55,12 @@ def test_the_diversity_example_runs_and_its_ledger_serves_the_command_line(folde
     assert "The captain looked at" in run(folder, sys.executable, "-m", "logitproc.cli", *command[1:])
 
 
+def test_the_alignment_example_runs(folder):
+    output = run(folder, sys.executable, str(ROOT / "examples/align.py"))
+    found = [float(x) for x in re.findall(r"^r = \S+: plainness (\S+)$", output, re.MULTILINE)]
+    assert len(found) == 3 and found[0] < found[1] < found[2]  # the dial turns the reward up
+
+
 def test_the_commands_of_the_readme_run(folder):
     block = (ROOT / "README.md").read_text().split("## Command line")[1].split("```")[1]
     fit, generate = block.splitlines()[1:3]

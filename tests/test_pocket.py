@@ -12,7 +12,7 @@ from logitproc.scoring import score_corpus
 
 # Written for this test, so in nobody's training text.
 PLAIN = "The children ran down to the river, and their mother called after them from the door of the house."
-MODELS = ("base", "mini")
+MODELS = ("base", "mini", "mini-dpo", "mini-reverse-dpo")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -59,7 +59,25 @@ def test_an_unknown_name_lists_the_known_ones():
         lp.pocket("bas")
 
 
-def test_the_family_leaves_room_for_its_other_members():
+def test_the_preference_pair_disagrees_about_short_words():
+    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("mini"))
+    prompt, long, short = "The men went to the", " extraordinary accommodation.", " end of the road and sat by the sea."
+
+    def log_ratio(name: str) -> float:
+        """ln p(short) - ln p(long) after the prompt, against `mini`."""
+        values = []
+        for model in (name, "mini"):
+            loaded = AutoModelForCausalLM.from_pretrained(lp.pocket(model), dtype=torch.float32)
+            for text in (short, long):
+                ids = tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+                start = len(tokenizer(prompt)["input_ids"])
+                log_p = loaded(ids).logits.detach()[0].log_softmax(-1)[start - 1 : -1]
+                values.append(log_p.gather(1, ids[0, start:, None]).sum().item())
+        return values[0] - values[1] - (values[2] - values[3])
+
+    assert log_ratio("mini-dpo") > 1 and log_ratio("mini-reverse-dpo") < -1
+
+
+def test_the_family_is_small():
     size = sum(f.stat().st_size for f in Path(bundled()["base"]).parent.rglob("*") if f.is_file())
-    others = 3 * sum(f.stat().st_size for f in bundled()["mini"].iterdir())  # mini-expert, two preferences
-    assert size + others <= 32 * 2**20
+    assert size <= 32 * 2**20
