@@ -63,6 +63,14 @@ class Artifact:
         arrays = _read_tensors(folder / document.get("tensors", _TENSORS), document["sha256"])
         return cls._restore(document["tokenizer"], document["scalars"], arrays)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of what the artifact holds, wherever it was loaded from."""
+        scalars, arrays = self._state()
+        digest = hashlib.sha256(json.dumps([self.tokenizer, scalars], sort_keys=True).encode())
+        for name in sorted(arrays):
+            digest.update(name.encode() + arrays[name].tobytes())
+        return digest.hexdigest()
+
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise ValueError unless `tokenizer` maps the same tokens to the same ids."""
         ours, theirs = self.tokenizer, describe_tokenizer(tokenizer)

@@ -643,6 +643,7 @@ def collect_texts(
     \b
     logitproc collect --config job.yaml --output runs/job
     accelerate launch --num_processes 2 -m logitproc.cli collect --config job.yaml --output runs/job
+    torchrun --nproc-per-node 2 -m logitproc.cli collect --device cpu --config job.yaml --output runs/job
     logitproc collect export-labels runs/job --out check.csv
     logitproc collect apply-labels runs/job --labels check.csv
 

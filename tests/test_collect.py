@@ -19,6 +19,7 @@ import yaml
 from conftest import tiny_model, tiny_tokenizer
 
 from logitproc import Chain, NGramPrior, NGramStyleLogitsProcessor, TokenLedger, cli
+from logitproc.artifact import describe_tokenizer
 from logitproc.collect import Job, collect, run
 from logitproc.collect.draw import Request, draw, invert
 from logitproc.collect.job import Item, Sampling, seed_of
@@ -524,8 +525,19 @@ def test_items_are_balanced_and_their_ids_depend_on_the_job_and_the_model():
     assert [item.label for item in uneven] == ["good", "bad", "good", "bad", "good", "good"]
     ids = {item.id for item in uneven}
     assert len(ids) == 6 and not ids & {item.id for item in job().items("another")}
-    assert job().digest("m") != job(seed=1).digest("m") != job(seed=1).digest("n")
-    assert job().digest("m") == job(plain_items_per_label=3).digest("m")  # changes the report only
+    about = {"weights": "1"}
+    assert len({job().digest(about), job(seed=1).digest(about), job(seed=1).digest({"weights": "2"})}) == 3
+    assert job().digest(about) == job(plain_items_per_label=3).digest(about)  # changes the report only
+
+
+def test_fitted_parts_count_by_what_they_hold_and_not_where_they_lie(tmp_path):
+    prior = lambda ids: NGramPrior.from_ids([ids * 4], 2, 97)
+    for name, ids in (("a", [5, 6, 7]), ("copy", [5, 6, 7]), ("other", [5, 7, 6])):
+        saved = prior(ids)
+        saved.tokenizer = describe_tokenizer(tiny_tokenizer())
+        saved.save(tmp_path / name)
+    about = lambda name: run._Member({"name": "ngram", "prior": str(tmp_path / name)}).about
+    assert about("a") == about("copy") != about("other")
 
 
 def test_settings_on_the_command_line_beat_the_file(tmp_path):
@@ -621,7 +633,7 @@ def test_bad_places_are_refused_in_one_sentence(command, whole, here, tmp_path):
 
 
 def test_a_collection_of_another_model_is_refused(whole):
-    with pytest.raises(ValueError, match="holds another job: it was made with other weights or another tokenizer"):
+    with pytest.raises(ValueError, match="holds another job: it was made with other weights, another tokenizer"):
         collect(job(), whole[0], tiny_model(seed=5), tiny_tokenizer())
 
 

@@ -193,11 +193,12 @@ class Job:
         """Plain dicts and lists: what `from_dict` reads, every default filled in."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def digest(self, model: str) -> str:
-        """Of everything that decides which items are made; `model` is the fingerprint of model and tokenizer."""
-        given = {key: value for key, value in self.to_dict().items() if key not in self.REPORTING}
-        given["model"] = model
-        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    def digest(self, about: Mapping[str, Any]) -> str:
+        """Of everything that decides which items are made; `about` are fingerprints of the model, its tokenizer and
+        the chain's processors, which stand in for their names and folders."""
+        free = (*self.REPORTING, "model", "chain")
+        given = {key: value for key, value in self.to_dict().items() if key not in free}
+        return _hash(given, about)
 
     def plain(self) -> Self | None:
         """The job that the report compares with: without chain and memory, `plain_items_per_label` items of each
@@ -257,7 +258,7 @@ def seed_of(item_id: str, attempt: int) -> int:
 
 
 def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # --- checks ---

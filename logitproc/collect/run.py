@@ -87,10 +87,13 @@ class _Run:
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index if accelerator else 0
         self.world: int = accelerator.num_processes if accelerator else 1
-        self.about = {"weights": fingerprint(model), "tokenizer": describe_tokenizer(tokenizer)["fingerprint"]}
-        self.digest = job.digest(json.dumps(self.about))
-        self.items = job.items(self.digest)
         self.members = [_Member(spec) for spec in job.chain]
+        self.about = {
+            "weights": fingerprint(model), "tokenizer": describe_tokenizer(tokenizer)["fingerprint"],
+            "chain": [member.about for member in self.members],
+        }  # fmt: skip
+        self.digest = job.digest(self.about)
+        self.items = job.items(self.digest)
         self.ledger = self._new_ledger()
         self.log = ItemLog(output, self.rank)
         # round -> (id, attempt) -> what its line says; rounds that are settled are dropped
@@ -102,11 +105,27 @@ class _Run:
         self.recent: deque[list[str]] = deque(maxlen=RECENT_TEXTS)
         self.bar: Any = None
         self.saved_at = time.monotonic()
-        check(job, self.members, self._new_ledger(), model, tokenizer)
+        self._check()
 
     def _new_ledger(self) -> TokenLedger:
         texts = any(member.parameters.get("rule") == "dry" for member in self.members)
         return TokenLedger(self.tokenizer, self.job.ledger.window, self.job.ledger.decay, texts=texts)
+
+    def _check(self) -> None:
+        """Raise ValueError when the chain or the longest prompt of the job does not fit the model."""
+        head, new = self.model.get_output_embeddings(), self.job.generation.max_new_tokens
+        for chain in build_chains(self.members, self.ledger, list(self.job.labels)).values():
+            chain.check(width=head.weight.shape[0] if head is not None else None, tokenizer=self.tokenizer)
+        room = (max_context(self.model) or sys.maxsize) - new
+        for item in {(item.label, item.prompt_id): item for item in self.items}.values():
+            tokens = len(self.tokenizer(self.job.longest_prompt(item))["input_ids"])
+            if tokens > room:
+                raise ValueError(
+                    f"A prompt of {item.label!r} may have {tokens} tokens; beside max_new_tokens {new} the model "
+                    f"reads {max(room, 0)}. Show fewer or shorter examples."
+                )
+            if not len(self.tokenizer(self.job.prompt(item, 0))["input_ids"]):
+                raise ValueError(f"The prompt of {item.label!r} has no token in this model's vocabulary.")
 
     # --- begin and end ---
 
@@ -156,7 +175,7 @@ class _Run:
         if unfilled and self.rank == 0:
             self.say(
                 f"{unfilled} of {len(self.items)} items are missing: {self.job.retries} retries gave only empty "
-                "texts or duplicates; raise the temperature or retries."
+                "texts or duplicates; collect into another folder with a higher temperature or more retries."
             )
         return Collected(data, len(self.accepted), unfilled, dict(self.failures))
 
@@ -321,9 +340,11 @@ class _Member:
         # A job leaves `ledger` for the collection to fill; the field `scope` says whether labels are told apart.
         self.reads_ledger = "ledger" in self.cls.artifacts and "ledger" not in self.parameters
         self.reads_label = self.reads_ledger and self.parameters.get("scope") == "label"
+        self.about = dict(spec)  # what the job's digest knows: a fitted part by what it holds, not where it lies
         for key, kind in self.cls.artifacts.items():
             if isinstance(self.parameters.get(key), str):
                 self.parameters[key] = kind.load(self.parameters[key])
+                self.about[key] = self.parameters[key].fingerprint()
         self.fixed = None if self.reads_ledger else self.cls.from_parameters(self.parameters)
 
     def build(self, ledger: TokenLedger, label: str) -> Processor:
@@ -349,23 +370,6 @@ def rule(members: Sequence[_Member]) -> str | None:
 # --- checks ---
 
 
-def check(job: Job, members: Sequence[_Member], ledger: TokenLedger, model: Any, tokenizer: Any) -> None:
-    """Raise ValueError when the chain or the longest prompt of the job does not fit the model."""
-    head = model.get_output_embeddings()
-    for chain in build_chains(members, ledger, list(job.labels)).values():
-        chain.check(width=head.weight.shape[0] if head is not None else None, tokenizer=tokenizer)
-    room = (max_context(model) or sys.maxsize) - job.generation.max_new_tokens
-    for item in {(item.label, item.prompt_id): item for item in job.items("")}.values():
-        tokens = len(tokenizer(job.longest_prompt(item))["input_ids"])
-        if tokens > room:
-            raise ValueError(
-                f"A prompt of {item.label!r} may have {tokens} tokens; beside max_new_tokens "
-                f"{job.generation.max_new_tokens} the model reads {max(room, 0)}. Show fewer or shorter examples."
-            )
-        if not len(tokenizer(job.prompt(item, 0))["input_ids"]):
-            raise ValueError(f"The prompt of {item.label!r} has no token in this model's vocabulary.")
-
-
 def check_same_job(file: Path, document: dict[str, Any]) -> None:
     """Raise ValueError naming what differs, unless `file` describes the job of `document`."""
     try:
@@ -381,7 +385,7 @@ def check_same_job(file: Path, document: dict[str, Any]) -> None:
     short = lambda value: json.dumps(value, ensure_ascii=False)[:40]
     what = [f"{key} is {short(theirs.get(key))} there and {short(ours[key])} here" for key in differ[:3]]
     if not what:
-        what = ["it was made with other weights or another tokenizer"]
+        what = ["it was made with other weights, another tokenizer or other fitted parts"]
     raise ValueError(f"{file.parent} holds another job: {'; '.join(what)}. Choose another --output.")
 
 
