@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -408,12 +408,18 @@ def test_a_step_on_cuda_never_waits_for_the_device(subject):
     history, scores, _ = random_rows()
     ids, mask, prompt = history.clamp(min=0), history >= 0, 6
     made = lp.Chain([subject.make()])
+    if made.processors[0].evidence_size:
+        pytest.skip("a text that gathers evidence is recognised by its tokens at every step")
     there, on_cuda = made.bind(ids[:, :prompt].cuda(), mask.cuda()), (ids.cuda(), scores.cuda())
-    there(*on_cuda)  # the first call may copy tables
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        out = there(*on_cuda)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with ExitStack() as stack:
+        for companion in made.companions:
+            companion.model.cuda()
+            stack.enter_context(companion.lagging())
+        there(on_cuda[0][:, :-1], on_cuda[1])  # the first calls may copy tables and read the prompt
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = there(*on_cuda)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     here = made.bind(ids[:, :prompt], mask)(ids, scores)
     torch.testing.assert_close(out.cpu(), here, rtol=1e-4, atol=1e-4)
