@@ -74,22 +74,19 @@ def _processed(
     if prompt_lengths is not None:
         generated = (generated - prompt_lengths.to(ids.device)[:, None]).clamp(min=0)
     history = ids.masked_fill(~mask, -1)[:, :length].to(device)
-    generated, wanted = generated[:, :length].to(device), wanted[:, :length].to(device)
+    generated, wanted = generated[:, :length].to(device), wanted[:, :length].to(device, copy=True)
     gathers = any(processor.evidence_size for processor in chain.processors)
     block, totals = length, dict[int, Tensor]()
     if chain.companions:
         block = max(2, min(length, _ASKED_AHEAD // (rows * width), max_rows // rows if gathers else length))
-    for start in range(
-        0, length, max(1, block - gathers)
-    ):  # evidence: a block begins where the last one ended
+    # Evidence goes from position to position, so a block begins with the last position of the one before.
+    for start in range(0, max(1, length - gathers), block - gathers):
         stop = min(start + block, length)
-        heard = _heard(chain, history[:, :stop], stop - start)
+        texts, counts = history[:, :stop], generated[:, start:stop]
+        heard = _heard(chain, texts, stop - start)
         if gathers:
-            b, k = torch.ones_like(wanted[:, start:stop]).nonzero().unbind(1)
-            done = chain.apply_positions(
-                history[:, :stop], logits[:, start:stop], generated[:, start:stop],
-                asks(heard, (b, k), width), totals,
-            )  # fmt: skip
+            b, k = torch.ones_like(counts).nonzero().unbind(1)
+            done = chain.apply_positions(texts, logits[:, start:stop], counts, asks(heard, (b, k), width), totals)
             totals = {index: total[:, -1] for index, total in done.totals.items()}
             b, k = wanted[:, start:stop].nonzero().unbind(1)
             wanted[:, :stop] = False
@@ -97,13 +94,8 @@ def _processed(
             continue
         for at in wanted[:, start:stop].nonzero().split(max_rows):
             b, k = at.unbind(1)
-            base, texts = logits[b, k + start], histories(history, b, k + start, chain.context)
-            yield (
-                b,
-                k + start,
-                base,
-                chain.apply(texts, base, generated[b, k + start], asks(heard, (b, k), width)),
-            )
+            rows_of, base = histories(texts, b, k + start, chain.context), logits[b, k + start]
+            yield b, k + start, base, chain.apply(rows_of, base, counts[b, k], asks(heard, (b, k), width))
 
 
 def _heard(chain: Chain, history: Tensor, positions: int) -> dict[int, Tensor]:
