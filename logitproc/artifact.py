@@ -114,13 +114,10 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, and vanishes when it fails.
 
-    Raises FileExistsError when `path` exists and `force` is off, before any work is done.
+    Raises FileExistsError as `check_new` does, before any work is done.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; choose another folder or pass --force to replace it.")
-    if path.exists() and not _replaceable(path):
-        raise FileExistsError(f"{path} exists and holds nothing that logitproc wrote; it is not replaced.")
+    check_new(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -147,12 +144,21 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     path.chmod(0o777 & ~_umask())  # mkdtemp made it private
 
 
+def check_new(path: str | Path, force: bool = False) -> None:
+    """Raise FileExistsError when `path` exists, unless `force` is on and logitproc wrote what is there."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; choose another folder or pass --force to replace it.")
+    if path.exists() and not _replaceable(path):
+        raise FileExistsError(f"{path} exists and holds nothing that logitproc wrote; it is not replaced.")
+
+
 def _replaceable(path: Path) -> bool:
-    """Whether `path` is an empty folder, or one that this module or a chain wrote."""
+    """Whether `path` is an empty folder, or one that this module, a chain or a converted model wrote."""
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()}
-    return not names or bool(names & {_JSON, "chain.json"})
+    return not names or bool(names & {_JSON, "chain.json", "modeling_logitproc.py"})
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .assessment import Real
     from .chain import Chain
     from .collect import Job
+    from .heads import Progress as HeadProgress
     from .prior import NGramPrior
     from .processor import Processor
     from .speculative import Speculation
@@ -441,6 +442,9 @@ def _prepare(
     """(tokenizer, generation settings, token ids of the prompts), all checked before the weights are read."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    from .heads import recognise
+
+    recognise(source)
     about = AutoConfig.from_pretrained(source)
     try:
         config = GenerationConfig.from_pretrained(source)
@@ -467,10 +471,10 @@ def _prepare(
 
 
 def load_model(source: str, dtype: str, device: str | None, device_map: str | None) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+    from .heads import load_converted
 
     place = {"device_map": device_map} if device_map else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **place)
+    model: Any = load_converted(source, dtype=dtype, **place)
     return model.to(device) if device else model
 
 
@@ -741,6 +745,97 @@ def apply_labels(
 
     print(correct.table(correct.apply_labels(Path(folder), Path(labels), weight, embeddings)))
     print(f"\nWritten: {Path(folder) / 'corrected.jsonl'}, corrected-balanced.jsonl and corrections.json.")
+
+
+@fit.command("vq")
+def fit_vq(
+    context: typer.Context,
+    codes: Annotated[int, Option(metavar="K", min=1, help="Codes to multiply with, instead of every token.")],
+    calibration: Annotated[
+        str, Option(metavar="FILE|DATASET", help="Text to fit to and, its last tenth, to judge with.")
+    ],
+    out: Annotated[str, Option(metavar="FOLDER", help="Where to save the head.")],
+    model: Annotated[str, Option(metavar="NAME", help="A bundled model, a folder, or ORG/NAME.")] = "base",
+    kind: Annotated[
+        str, Option(metavar="KIND", help="paper, weighted, distilled, tiebreak or residual.")
+    ] = "weighted",
+    tokens: Annotated[int, Option(metavar="N", min=1, help="At most so many tokens of the text.")] = 1 << 16,
+    seed: Annotated[int, Option(metavar="N", min=0, max=MAX_SEED)] = 0,
+    converted: Annotated[
+        str | None, Option(metavar="FOLDER", help="Save the model with that head too, for from_pretrained.")
+    ] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option()] = "auto",
+    device: Annotated[str, Option(metavar="NAME", help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    force: Annotated[bool, Option("--force", help="Replace existing folders.")] = False,
+) -> None:
+    """Fit a smaller output head, and say what it costs.
+
+    \b
+    logitproc fit vq --codes 4096 --calibration book.txt --out runs/head
+    logitproc fit vq --model org/name --codes 16384 --calibration book.txt --out head --converted org-name-vq
+
+    Tokens that share a code cannot be told apart by it: the report gives the perplexity that this costs on
+    text the fit has not seen, and the least that any choice of codes must cost.
+    """
+    source = find_model(model)
+    _quiet(context)
+    from transformers import AutoTokenizer
+
+    from .artifact import check_new, new_folder
+    from .heads import VQHead, convert
+
+    for folder in filter(None, (out, converted)):
+        check_new(folder, force)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    loaded = load_model(source, dtype, choose_device(device), None)
+    head = VQHead.fit(
+        loaded, calibration, codes=codes, kind=kind, seed=seed, tokenizer=tokenizer, tokens=tokens, report=_show_stage
+    )
+    head.save(out, force=force)
+    print(f"Fitted {codes:,} codes of kind {kind} to {head.about['tokens']:,} tokens of {calibration}.")
+    print(_table(_head_report(head, loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight)))
+    print(f"Saved to {out}: lp.attach(model, lp.VQHead.load({out!r})).")
+    if head.token_weights is not None:
+        proc = shlex.quote(f"vq:head={out}")
+        print(f'  logitproc generate --model {shlex.quote(model)} --prompt "..." --proc {proc}')
+    if converted:
+        with new_folder(converted, force) as new:
+            convert(loaded, head).save_pretrained(new)
+            tokenizer.save_pretrained(new)
+        print(f"Saved the model with this head to {converted}:")
+        print(f'  logitproc generate --model {shlex.quote(converted)} --prompt "..."')
+
+
+def _show_stage(progress: "HeadProgress") -> None:
+    """One line on standard error for the last step of a stage, or one that is rewritten on a terminal."""
+    figures = ", ".join(f"{key} {value:.4g}" for key, value in progress.figures.items())
+    line = f"{progress.stage} {progress.step}/{progress.steps}" + (f": {figures}" if figures else "")
+    last = progress.step >= progress.steps
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last:
+        print(line, file=sys.stderr)
+
+
+def _head_report(head: Any, tied: bool) -> list[tuple[str, str]]:
+    """What a fitted head costs on text it has not seen, and what it saves of a model with tied embeddings or not."""
+    held, floors, floats = head.about["held_out"], head.about["floors"], head.num_float_params()
+    fewer = f"{1 - floats / (head.in_features * head.out_features):.1%} fewer than the model's own"
+    rows = [
+        ("  perplexity", f"x {held['perplexity_ratio']:.3f} of {held['perplexity']:.2f}, on {held['tokens']:,} tokens"),
+        ("  KL(dense || head)", f"{held['kl']:.4f} nats"),
+        ("  same most probable token", f"{held['agreement']:.1%}"),
+        ("  different tokens it finds so", f"{held['distinct']:,} of {held['distinct_dense']:,}"),
+        ("  numbers in the head", f"{floats:,}, {fewer}" + (", which stays as its input embedding" if tied else "")),
+    ]
+    if floors:
+        rows += [
+            ("  tie floor of these codes", f"{floors['floor']:.3f} nats, E[ln n(v)]"),
+            ("  of the best codes there are", f"{floors['minimum']:.3f} nats"),
+            ("  lost inside codes anyway", f"{floors['within']:.3f} nats, by the dense model"),
+            ("  KL that no training avoids", f"{floors['information']:.4f} nats, I(V; H | K)"),
+        ]
+    return rows
 
 
 # --- demo ---

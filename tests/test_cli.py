@@ -688,3 +688,28 @@ def test_bad_companions_are_refused_before_the_host_is_loaded(run, pocket, tmp_p
         status, out, err = run("generate", "--prompt", "the old", "--proc", first, *options)
         assert (status, out) == (2, ""), err
         assert words in err.splitlines()[-1] and err.splitlines()[-1].startswith("logitproc: "), err
+
+
+# --- fit vq ---
+
+
+def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refused, tmp_path, corpus):
+    text = tmp_path / "long.txt"
+    text.write_text("\n\n".join([corpus.read_text()] * 20))
+    out, converted = tmp_path / "head", tmp_path / "model"
+    arguments = ["fit", "vq", "--model", "mini", "--codes", "64", "--calibration", text, "--tokens", 600]
+    status, printed, _ = run(*arguments, "--out", out, "--converted", converted)
+    assert status == 0
+    assert "Fitted 64 codes of kind weighted to 768 tokens" in printed
+    for row in ("perplexity", "KL(dense || head)", "tie floor", "98.4% fewer"):
+        assert row in printed
+    preview = ["generate", "--model", "mini", "--prompt", "the sea", "--max-new-tokens", 5, "--no-do-sample"]
+    status, shown, _ = run(*preview, "--proc", f"vq:head={out}")
+    assert status == 0
+    preview[2] = converted
+    assert run(*preview)[:2] == (0, shown)
+    assert "exists" in refused(*arguments, "--out", out)
+    assert "9000 codes are more than the 8192 tokens" in refused(*arguments, "--codes", 9000, "--out", tmp_path / "x")
+    assert "kind of head 'papr'" in refused(*arguments, "--kind", "papr", "--out", tmp_path / "x")
+    text.write_text("Too short.")
+    assert "calibration text is too short" in refused(*arguments, "--out", tmp_path / "x")

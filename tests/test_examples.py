@@ -100,3 +100,11 @@ def test_the_collection_of_the_readme_runs_is_corrected_and_compared(folder, mon
     compare = re.search(r"python eval/diversity\.py (.*)", text)[1].split()
     assert importlib.import_module("diversity").main(compare) == 0
     assert "Vendi score" in capsys.readouterr().out and Path("runs/compared/diversity.png").is_file()
+
+
+def test_the_compression_example_runs_and_what_it_saved_says_the_same(folder):
+    (folder / "long.txt").write_text(STYLE * 40)
+    output = run(folder, sys.executable, str(ROOT / "examples/compress.py"), "long.txt").splitlines()
+    paper, weighted = (float(re.search(r"perplexity x ([\d.]+)", line)[1]) for line in output[:2])
+    assert weighted < paper
+    assert output[2] == output[3] and output[2].startswith("The road was long")

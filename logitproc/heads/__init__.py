@@ -1,6 +1,6 @@
 """Output heads: compressed, low-bit and exact ones, and how a model takes them. See `vq`, `exact` and `attachment`."""
 
-from .attachment import attach, convert, converted_classes, detach, load_converted
+from .attachment import attach, convert, converted_classes, detach, load_converted, recognise
 from .calibration import Calibration, Floors, Statistics
 from .clustering import Progress, kmeans
 from .evaluation import Figures, evaluate
@@ -13,5 +13,5 @@ from .vq import VQHead
 __all__ = [
     "KINDS", "Calibration", "DenseHead", "Figures", "Floors", "Head", "Int4Head", "Int8Head", "Progress", "RefinedHead",
     "ScreenedHead", "Statistics", "VQHead", "attach", "convert", "converted_classes", "detach", "evaluate", "kmeans",
-    "load_converted", "tie_floor", "tie_floor_min",
+    "load_converted", "recognise", "tie_floor", "tie_floor_min",
 ]  # fmt: skip

@@ -200,14 +200,20 @@ _AUTO_MAP = {
 }
 
 
-def load_converted(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` for what a converted model saved, a plain one too."""
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+def recognise(folder: str | Path) -> None:
+    """Let transformers' Auto classes know the kind of model in `folder`, if it is a converted one."""
+    from transformers import PreTrainedConfig
 
-    settings, _ = PreTrainedConfig.get_config_dict(folder)
-    model_type = settings.get("model_type", "")
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "")
     if model_type.startswith(_PREFIX):
         converted_classes(model_type.removeprefix(_PREFIX))
+
+
+def load_converted(folder: str | Path, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` for what a converted model saved, a plain one too."""
+    from transformers import AutoModelForCausalLM
+
+    recognise(folder)
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 

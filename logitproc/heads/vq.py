@@ -28,7 +28,7 @@ from ..registry import unknown
 from .calibration import Calibration, Floors, Statistics, codes_sum
 from .clustering import Progress, Report, kmeans, means
 from .evaluation import evaluate
-from .floors import check_codes
+from .floors import check_codes, tie_floor_min
 from .head import KINDS, Head, fingerprint, name_of, zeros
 
 _CACHED = 1 << 28  # scores of codes, or teacher posteriors, held at once
@@ -161,13 +161,15 @@ class VQHead(Head, Artifact):
         kind: str = "weighted",
         seed: int = 0,
         tokenizer: Any = None,
+        tokens: int = 1 << 16,
         report: Report | None = None,
         **options: Any,
     ) -> "VQHead":
         """A head for `model` with `codes` codes, fitted to what the model predicts on a text.
 
-        `calibration` is a text (as `Calibration.collect` reads it) or a `Calibration`, to fit several heads to one
-        reading. A tenth of it judges: `head.about["held_out"]`. `report` receives every `Progress`. `options`:
+        `calibration` is a text, of which `Calibration.collect` reads up to `tokens` tokens, or a `Calibration`, to
+        fit several heads to one reading. A tenth of it judges: `head.about["held_out"]`. `report` receives every
+        `Progress`. `options`:
 
             singletons=0.75      weighted, distilled, tiebreak: the share of codes given to the commonest tokens
             start="weighted"     distilled: the kind to start from; "paper" trains its codes without a bias
@@ -189,7 +191,7 @@ class VQHead(Head, Artifact):
             if key not in solve.options:
                 raise unknown(f"option of {kind!r}", key, solve.options)
         if not isinstance(calibration, Calibration):
-            calibration = Calibration.collect(model, calibration, tokenizer, report=report)
+            calibration = Calibration.collect(model, calibration, tokenizer, tokens=tokens, report=report)
         if calibration.weight.shape != weight.shape or calibration.source != fingerprint(weight):
             raise ValueError("The calibration was collected from another model; collect it from this one.")
         if len(calibration.states) < max(codes, 10):
@@ -199,6 +201,9 @@ class VQHead(Head, Artifact):
             )
         train, held = calibration.split()
         problem = Problem(train, held, Statistics.of(train, report), codes, seed, report)
+        if report is not None:  # what no mapping can avoid, before anything is fitted
+            least = tie_floor_min(problem.statistics.probability, codes)
+            report(Progress("floor", 1, 1, {"minimum": least}))
         with torch.no_grad():
             head = solve.solve(problem, **(solve.options | options))
         head.source, head.tokenizer = calibration.source, calibration.tokenizer
@@ -374,6 +379,11 @@ class DistilledHead(VQHead):
             raise ValueError(f"start must be weighted or paper, got {options['start']!r}.")
         start = _fitted()[options["start"]].solve(problem, singletons=options["singletons"])
         best, least = start, evaluate(start, problem.held).kl
+        if problem.report is not None:  # no training brings the KL below this mapping's information
+            floors = Floors.of(problem.held, problem.statistics, start.mapping[0])
+            problem.report(
+                Progress("floor", 1, 1, {"floor": floors.floor, "information": floors.information})
+            )
         for epoch, candidate in enumerate(distil(start, problem, options["epochs"]), 1):
             kl = evaluate(candidate, problem.held).kl
             if problem.report is not None:

@@ -61,7 +61,12 @@ class VQLogitsProcessor(Processor):
 
     Raises ValueError for kinds whose codes are no means of rows: distilled, tiebreak, residual.
 
-    Example: `Chain([VQLogitsProcessor(VQHead.fit(model, "text.txt", codes=1024))])`.
+    Example:
+        >>> import logitproc as lp
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained(lp.pocket("mini"))
+        >>> head = lp.VQHead.fit(model, ["It was a dark and stormy night. " * 60], codes=32)
+        >>> chain = lp.Chain([lp.VQLogitsProcessor(head)])
     """
 
     head: VQHead
