@@ -701,7 +701,7 @@ def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refuse
     status, printed, _ = run(*arguments, "--out", out, "--converted", converted)
     assert status == 0
     assert "Fitted 64 codes of kind weighted to 768 tokens" in printed
-    for row in ("perplexity", "KL(dense || head)", "tie floor", "98.4% fewer"):
+    for row in ("perplexity", "KL(dense || head)", "tie floor", "numbers in the head"):
         assert row in printed
     preview = ["generate", "--model", "mini", "--prompt", "the sea", "--max-new-tokens", 5, "--no-do-sample"]
     status, shown, _ = run(*preview, "--proc", f"vq:head={out}")
@@ -709,7 +709,7 @@ def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refuse
     preview[2] = converted
     assert run(*preview)[:2] == (0, shown)
     assert "exists" in refused(*arguments, "--out", out)
-    assert "9000 codes are more than the 8192 tokens" in refused(*arguments, "--codes", 9000, "--out", tmp_path / "x")
+    assert "9000 codes are more than the" in refused(*arguments, "--codes", 9000, "--out", tmp_path / "x")
     assert "kind of head 'papr'" in refused(*arguments, "--kind", "papr", "--out", tmp_path / "x")
     text.write_text("Too short.")
     assert "calibration text is too short" in refused(*arguments, "--out", tmp_path / "x")
