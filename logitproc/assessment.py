@@ -86,9 +86,9 @@ def assess(
 
     _check_labels(arms, train, test)
     real_vectors = features([text for text, _ in train])
-    settings |= {"real_train": len(train), "real_test": len(test), "oracles": {}}
     for name, values in vectors.items():
         figures[name]["distance_to_real"] = distance_to(values, real_vectors)
+    settings |= {"real_train": len(train), "real_test": len(test), "oracles": {}}
     second: Family = (lambda: Bayes()) if embeddings is None else (lambda: Linear(features))
     for prefix, family in {"": Linear, "second_": second}.items():
         oracle = family().fit(train)

@@ -239,6 +239,8 @@ def test_killed_at_random_moments_and_resumed_it_equals_the_uninterrupted_run(tm
     assert (folder / "data.jsonl").read_bytes() == (tmp_path / "whole" / "data.jsonl").read_bytes()
     items = list(read_items(folder / "data.jsonl"))
     assert len(items) == 240 and consistent(folder, items)
+    lines = Counter((line["id"], line["attempt"]) for line in read_items(log))
+    assert set(lines.values()) == {1}  # nothing was written twice on the way
     assert any(item["attempt"] for item in items)
 
 
@@ -527,6 +529,8 @@ def test_items_are_balanced_and_their_ids_depend_on_the_job_and_the_model():
     assert len(ids) == 6 and not ids & {item.id for item in job().items("another")}
     about = {"weights": "1"}
     assert len({job().digest(about), job(seed=1).digest(about), job(seed=1).digest({"weights": "2"})}) == 3
+    turned = job(labels=dict(reversed(JOB["labels"].items())))
+    assert turned.digest(about) != job().digest(about)  # labels take turns in this order
     assert job().digest(about) == job(plain_items_per_label=3).digest(about)  # changes the report only
 
 
@@ -587,10 +591,13 @@ def command(here, tmp_path, capsys, monkeypatch):
         (["items_per_label=0"], "items_per_label must be a number at least 1, got 0"),
         (["items_per_label={good: 3, bad: 0}"], "items_per_label.bad must be a number at least 1, got 0"),
         (["items_per_label=many"], "items_per_label must be a whole number, got 'many'"),
-        (["template=w4 {text}"], "The template needs the placeholder {label} once"),
-        (["template=w4 {label}"], "The template needs the placeholder {text} once"),
+        (["template=w4 {text}"], "The template needs the placeholder {label}"),
+        (["template=w4 {label}"], "The template needs the placeholder {text}"),
         (["template=w4 {text} {label}"], "The template needs {label} before {text}"),
         (["template='{label} {txt} {text}'"], "Unknown placeholder of the template 'txt'. Did you mean 'text'"),
+        (["template='{label} {text} {text}'"], "The template holds {text} more than once"),
+        (["generation.stop=['']"], "generation.stop holds an empty string, which would end every text"),
+        (["ledger.window=0"], "window must be a whole number of rounds, at least 1"),
         (["labels=[good]"], "labels must map each label to its wording"),
         (["labels.good=[]"], "labels.good must be a text or a list of texts"),
         (["seed_examples={god: [w4]}"], "Unknown label in seed_examples 'god'. Did you mean 'good'"),

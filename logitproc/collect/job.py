@@ -172,8 +172,10 @@ class Job:
             if name not in PLACEHOLDERS:
                 raise unknown("placeholder of the template", name, PLACEHOLDERS)
         for name in ("label", "text"):
-            if self.template.count(f"{{{name}}}") != 1:
-                raise ValueError(f"The template needs the placeholder {{{name}}} once: {self.template!r:.80}.")
+            if f"{{{name}}}" not in self.template:
+                raise ValueError(f"The template needs the placeholder {{{name}}}: {self.template!r:.80}.")
+        if self.template.count("{text}") > 1:
+            raise ValueError(f"The template holds {{text}} more than once: {self.template!r:.80}.")
         if self.template.index("{label}") > self.template.index("{text}"):
             raise ValueError("The template needs {label} before {text}: a prompt ends where the text begins.")
         for label in self.seed_examples:
@@ -258,7 +260,7 @@ def seed_of(item_id: str, attempt: int) -> int:
 
 
 def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # --- checks ---
@@ -278,6 +280,8 @@ def _section(key: str, given: Any, kind: type) -> Any:
     given = dict(given)
     if "stop" in given:
         given["stop"] = _texts("generation.stop", given["stop"] or (), empty=True)
+        if "" in given["stop"]:
+            raise ValueError("generation.stop holds an empty string, which would end every text; leave it out.")
     if kind is Oracle and not given.get("train"):
         raise ValueError("oracle needs train, a file of real labelled texts: {train: real.csv}.")
     return kind(**given)
