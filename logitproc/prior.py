@@ -207,7 +207,7 @@ class NGramPrior(Artifact):
         """
         found = [np.empty(0, np.int64)]
         for n, o in enumerate(self.orders[1:]):
-            found.append(self._find_entries(n, o.parent[o.context], o.ids))
+            found.append(self.find_entries(n, o.parent[o.context], o.ids))
         return found
 
     @property
@@ -342,13 +342,13 @@ class NGramPrior(Artifact):
             if n > 0:
                 key = row * (self.vocab_size + 2) + before[at - n]
                 row = np.where(row >= 0, _search(o.keys, key), -1)
-            yield np.where(row >= 0, self._find_entries(n, row, target), -1), row
+            yield np.where(row >= 0, self.find_entries(n, row, target), -1), row
 
     @functools.cached_property
     def _entry_keys(self) -> list[np.ndarray]:
         return [o.context * (self.vocab_size + 2) + o.ids for o in self.orders]
 
-    def _find_entries(self, n: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def find_entries(self, n: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Index of the n-gram (context `rows`, next token `ids`) in order n + 1; -1 where absent."""
         return _search(self._entry_keys[n], rows * (self.vocab_size + 2) + ids)
 

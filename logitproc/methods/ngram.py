@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checks import in_range, name_and_number, one_of
-from ..ops import plausible, within_budget
+from ..ops import within_budget
 from ..prior import NGramPrior, default_weights, symbol_table
 from ..processor import Processor, trailing
 from ..registry import register
@@ -40,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ratio": {"strength": 0.2, **OFF},
 }
 BY_RULE: Any = None
+SPARSE = ("paper", "lift")  # the rules that leave most tokens alone
 LOWEST = -50.0  # ln of a probability that rounds to 0: a bias steers, it does not forbid
 FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 
@@ -47,153 +48,124 @@ FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 # --- math ---
 
 
-class Level(NamedTuple):
-    """One order of a `BiasTable`: C contexts, then one empty context that stands for "not found"."""
+class Bias(NamedTuple):
+    """strength * g of some rows as what is added up: one weighted row of `basis` for each prior, and E entries."""
 
-    keys: Tensor  # int64 [C + 1], ascending; the last one is no key
-    span: Tensor  # int64 [C + 1, 2]: first entry of the context, and how many it has
-    reach: Tensor  # int64 [longest row]: 0, 1, 2, ...
-    ids: Tensor  # int64 [E + 1]; the last one is V, a column that is thrown away (V - 1 where 0 is added)
-    values: Tensor  # float32 [E + 1], the last one is 0
-    backoff: Tensor  # float32 [C + 1], added to the tokens that the context does not hold
-    confidence: Tensor  # float32 [C + 1]
+    basis: Tensor  # float32 [priors + 1, width]; the last row is 1 for the tokens that may be biased, else 0
+    weights: list[Tensor]  # float32 [rows, 1] each, of the first rows of the basis
+    row: Tensor  # int64 [E]
+    id: Tensor  # int64 [E]
+    value: Tensor  # float32 [E]
+
+    def added_to(self, scores: Tensor) -> Tensor:
+        """scores + strength * g, a new tensor [rows, width]; a single zero will do for scores."""
+        out = torch.addcmul(scores, self.weights[0], self.basis[0])
+        for weight, part in zip(self.weights[1:], self.basis[1:], strict=False):
+            out.addcmul_(weight, part)
+        return out.index_put_((self.row, self.id), self.value, accumulate=True)
+
+    def times(self, factor: Tensor) -> "Bias":
+        """Each row times its factor [rows, 1]."""
+        weights = [weight * factor for weight in self.weights]
+        return self._replace(weights=weights, value=self.value * factor[self.row, 0])
+
+    def centred(self, p: Tensor) -> "Bias":
+        """Less its mean under p [rows, width] over the tokens that may be biased; p need not sum to 1.
+
+        A constant in g is invisible to a softmax over all tokens, but not beside tokens that get no bias.
+        """
+        *means, mass = (p @ self.basis.T).unbind(1)
+        total = torch.zeros_like(mass).index_put_((self.row,), p[self.row, self.id] * self.value, accumulate=True)
+        for weight, mean in zip(self.weights, means, strict=True):
+            total.addcmul_(weight[:, 0], mean)
+        # No mass to speak of, or a row without a finite score: nothing is biased, so any finite mean does.
+        return self._replace(weights=[*self.weights, torch.where(mass > 1e-6, -total / mass, 0.0)[:, None]])
 
 
 class BiasTable:
-    """strength * g of one rule for one prior, on one device.
+    """strength * g of one rule for one prior, on one device: a value for each token, and for each n-gram.
 
-    Sparse rules (`paper`, `lift`) store in `values` the *term* of each order, to be summed; dense rules
-    store the full value, which replaces that of the shorter context.
+    The value of an n-gram is what its context h adds to its token: for the sparse rules the term of that order, for
+    the dense ones ln p(i given h) - ln b(h) - ln p(i given h without its oldest token). Kneser-Ney backs off by
+    p(i given h) = b(h) p(i given the shorter h) where h does not hold i, so all contexts together give ln p but for
+    the sum of their ln b, which is the same for every token.
+
+    The C contexts of all orders are numbered through, C stands for "not found" and -1 for the empty context.
     """
 
     def __init__(self, prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None,
                  confidence: str, exempt: list[int], bos: bool, strength: float):  # fmt: skip
-        self.width, self.sparse, self.bos = prior.vocab_size, rule in ("paper", "lift"), bos
-        conf = _confidence(prior, confidence)
-        values, backoff, base = _terms(prior, rule, k, weights, conf)
-        self.trusting = self.sparse or confidence == "none"  # the sparse terms hold their confidence
-        if self.sparse:
-            base[exempt] = 0.0
-        self.common = torch.from_numpy(np.flatnonzero(base))[None]  # tokens of order 1, at most FOLLOWERS
-        self.exempt = torch.tensor(exempt, dtype=torch.int64)
-        self.base = torch.from_numpy(np.append(base, 0.0) * strength).float()  # [V + 1]
-        self.base_confidence = float(conf[0][0])
+        self.order, self.width, self.bos = prior.order, prior.vocab_size, bos
+        trust = _confidence(prior, confidence)
+        base, values = _sparse(prior, rule, k, weights, trust) if rule in SPARSE else _dense(prior)
+        base[exempt] = 0.0
+        keys, lengths, ids, kept, first, parents = [], [], [], [], -1, 0
+        for o, value in zip(prior.orders[1:], values, strict=True):
+            keys.append((first + o.parent) * (self.width + 2) + o.oldest)
+            keep = (value != 0) & ~np.isin(o.ids, exempt)
+            lengths.append(np.bincount(o.context[keep], minlength=len(o.keys)))
+            ids.append(o.ids[keep])
+            kept.append(value[keep] * strength)
+            first, parents = parents, parents + len(o.keys)
+        length = np.concatenate([*lengths, [0, 0]]).astype(np.int64)  # not found, and the empty context: `base`
+        self.longest = int(length.max())
+        self.base = torch.from_numpy(base * strength).float()  # [V]
         self.symbols = torch.from_numpy(symbol_table(prior, bos))
-        self.levels = []
-        for o, value, back, c in zip(prior.orders[1:], values[1:], backoff[1:], conf[1:], strict=True):
-            keep = (value != 0) & ~np.isin(o.ids, exempt) if self.sparse else np.ones(len(value), bool)
-            length = np.bincount(o.context[keep], minlength=len(o.keys))
-            self.levels.append(
-                Level(
-                    keys=_tensor(o.keys, np.iinfo(np.int64).max),
-                    span=_tensor(np.stack([np.cumsum(length) - length, length], 1), 0),
-                    reach=torch.arange(int(length.max(initial=0))),
-                    ids=_tensor(o.ids[keep], self.width - self.sparse),
-                    values=_tensor(value[keep] * strength, 0.0).float(),
-                    backoff=_tensor(back * strength, 0.0).float(),
-                    confidence=_tensor(c, 1.0).float(),
-                )
-            )
-        # The first level is found without a search: symbol -> context, int64 [V + 2].
-        self.first = torch.full((self.width + 2,), 0)
-        if self.levels:
-            keys = self.levels[0].keys[:-1]
-            self.first = torch.full((self.width + 2,), len(keys)).index_put((keys,), torch.arange(len(keys)))
+        self.keys = torch.from_numpy(np.concatenate([*keys, [np.iinfo(np.int64).max]]))  # [C + 1], ascending
+        self.span = torch.from_numpy(np.stack([np.cumsum(length) - length, length], 1))  # [C + 2]: start, length
+        self.ids = torch.from_numpy(np.concatenate([*ids, [0]]).astype(np.int64))  # [E + 1], the last for filling
+        self.values = torch.from_numpy(np.concatenate([*kept, [0.0]])).float()
+        self.trust: Tensor | None = None  # float32 [C + 2]; the terms of the sparse rules hold theirs
+        if rule not in SPARSE and confidence != "none":
+            self.trust = torch.from_numpy(np.concatenate([*trust[1:], [1.0], trust[0]])).float()
 
     def to(self, device: torch.device) -> Self:
         """Move once; later calls with the same device cost nothing."""
-        if self.base.device != device:
-            for name in ("base", "common", "symbols", "exempt", "first"):
-                setattr(self, name, getattr(self, name).to(device))
-            self.levels = [Level(*(t.to(device) for t in level)) for level in self.levels]
+        if self.keys.device != device:
+            vars(self).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
         return self
 
-    def contexts(self, tokens: Tensor) -> list[Tensor]:
-        """Index of each row's context in each level, C where there is none. tokens [rows, order - 1]."""
-        if not self.levels:
-            return []
+    def look_up(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(weight [rows, 1] of `base`, row, id and value of the entries) after tokens [rows, length]."""
+        contexts = self.contexts(tokens)
+        row, id, value = self.entries(contexts)
+        if self.trust is None:
+            return torch.ones_like(contexts[:, :1], dtype=value.dtype), row, id, value
+        longest_match = (contexts < len(self.keys) - 1).sum(1, keepdim=True) - 1
+        weight = self.trust[contexts.gather(1, longest_match)]
+        return weight, row, id, value * weight[row, 0]
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        """The context of each order after tokens [rows, length], int64 [rows, order]."""
         symbols = self.symbols[tokens.clamp(-1, self.width)]
         if self.bos:
             symbols = _start_of_text(symbols, tokens, self.width)
-        found = [self.first[symbols[:, -1]]]
-        for n, level in enumerate(self.levels[1:], 2):
+        found = [tokens.new_full(tokens.shape[:1], -1)]
+        for n in range(1, self.order):
             key = found[-1] * (self.width + 2) + symbols[:, -n]
-            at = torch.searchsorted(level.keys, key)
-            found.append(torch.where(level.keys[at] == key, at, len(level.keys) - 1))
-        return found
+            at = torch.searchsorted(self.keys, key)
+            found.append(torch.where(self.keys[at] == key, at, len(self.keys) - 1))
+        return torch.stack(found, 1)
 
-    def entries(self, level: Level, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(ids, values), each [rows, longest row]; ids are V where a row has no further entry."""
-        start, length = level.span[index].split(1, dim=1)
-        reach = level.reach
-        if length.device.type == "cpu" and len(
-            reach
-        ):  # on a GPU, asking for the longest row would wait for it
-            reach = reach[: max(1, int(length.max()))]
-        block = torch.where(reach < length, start + reach, len(level.ids) - 1)
-        return level.ids[block], level.values[block]
-
-    def dense(self, tokens: Tensor, width: int) -> Tensor:
-        """strength * g, a new float32 [rows, width] tensor for tokens [rows, order - 1]; 0 beyond V."""
-        found = self.contexts(tokens)
-        # One column more than V catches the filling of short rows.
-        base = torch.nn.functional.pad(self.base, (0, max(0, width - self.width - 1)))
-        if self.sparse:
-            g = base.repeat(tokens.shape[0], 1)
-            for level, index in zip(self.levels, found, strict=True):
-                g.scatter_add_(1, *self.entries(level, index))
-            return g[:, :width]
-        backoffs = [level.backoff[index] for level, index in zip(self.levels, found, strict=True)]
-        above = torch.stack(backoffs).sum(0) if backoffs else base.new_zeros(tokens.shape[0])
-        g = base + above[:, None]
-        for level, index, backoff in zip(self.levels, found, backoffs, strict=True):
-            above = above - backoff
-            ids, values = self.entries(level, index)
-            g.scatter_(1, ids, values + above[:, None])
-        if not self.trusting:
-            confidence = torch.full_like(above, self.base_confidence)
-            for level, index in zip(self.levels, found, strict=True):
-                known = index < len(level.keys) - 1
-                confidence = torch.where(known, level.confidence[index], confidence)
-            g *= confidence[:, None]
-        g[:, self.width :] = 0.0
-        return g[:, :width]
-
-    def add_to(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """scores + strength * g for a sparse rule, without building g: one copy and a few entries."""
-        out = scores.clone()
-        rows = scores.shape[0]
-        out.scatter_add_(1, self.common.expand(rows, -1), self.base[self.common].expand(rows, -1))
-        for level, index in zip(self.levels, self.contexts(tokens), strict=True):
-            out.scatter_add_(1, *self.entries(level, index))
-        return out
+    def entries(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, id, value) of every entry of contexts [rows, order], three flat lists."""
+        rows = torch.arange(contexts.shape[0], device=contexts.device)[:, None].expand_as(contexts).flatten()
+        start, length = self.span[contexts.flatten()].unbind(1)
+        if contexts.device.type == "cpu":
+            row = rows.repeat_interleave(length)
+            skip = (start - length.cumsum(0) + length).repeat_interleave(length)
+            at = skip + torch.arange(len(row))
+        else:  # how many there are only the GPU knows, and asking would wait for it: fill up to the longest
+            row = rows.repeat_interleave(self.longest)
+            reach = torch.arange(self.longest, device=contexts.device)
+            at = torch.where(reach < length[:, None], start[:, None] + reach, len(self.ids) - 1).flatten()
+        return row, self.ids[at], self.values[at]
 
 
-def centred(g: Tensor, weight: Tensor, exempt: Tensor, width: int) -> Tensor:
-    """g - E[g] over the first `width` tokens that are not exempt, 0 elsewhere; changes g in place.
-
-    weight [rows, >= width] is proportional to the probabilities of the expectation. A constant in g is
-    invisible to a softmax over all tokens, but not beside tokens that get no bias, nor to a clip.
-    """
-    g.index_fill_(1, exempt, 0.0)
-    mass = weight[:, :width].sum(-1) - weight[:, exempt].sum(-1)
-    # No mass to speak of, or a row without a finite score: nothing is biased, so any finite mean does.
-    mean = torch.where(mass > 1e-6, (weight * g).sum(-1) / mass, 0.0)
-    g[:, :width] -= mean[:, None]
-    return g.index_fill_(1, exempt, 0.0)
-
-
-def _terms(
-    prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None, confidence: list[np.ndarray]
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Per order: value of each n-gram [E], back-off of each context [C]; and g of order 1 [V]."""
-    none = [np.zeros(len(o.keys)) for o in prior.orders]
-    if rule in ("backoff", "ratio"):
-        kn = prior.kneser_ney
-        base = np.full(prior.vocab_size, max(kn.log_unseen, LOWEST))
-        base[prior.orders[0].ids] = np.maximum(kn.log_prob[0], LOWEST)
-        bounded = [[np.maximum(x, LOWEST) for x in logs] for logs in (kn.log_prob, kn.log_backoff)]
-        return bounded[0], bounded[1], base
+def _sparse(
+    prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None, trust: list[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """g of order 1 [V], and the term of each n-gram of each longer order."""
     weights = default_weights(prior.order) if weights is None else weights
     totals, kept = prior.totals(), prior.kept(FOLLOWERS)
     values = []
@@ -203,10 +175,35 @@ def _terms(
             term = np.log(count / (totals[n] + k * prior.vocab_size)[context])
         else:
             term = np.log(count / k)
-        values.append(np.where(kept[n], weights[n] * confidence[n][context] * term, 0.0))
+        values.append(np.where(kept[n], weights[n] * trust[n][context] * term, 0.0))
     base = np.zeros(prior.vocab_size)
     base[prior.orders[0].ids] = values[0]
-    return values, none, base
+    return base, values[1:]
+
+
+def _dense(prior: NGramPrior) -> tuple[np.ndarray, list[np.ndarray]]:
+    """ln p of order 1 [V], and for each n-gram of each longer order what its context adds to that."""
+    kn = prior.kneser_ney
+    log_prob, log_backoff = ([np.maximum(x, LOWEST) for x in logs] for logs in (kn.log_prob, kn.log_backoff))
+    base = np.full(prior.vocab_size, max(kn.log_unseen, LOWEST))
+    base[prior.orders[0].ids] = log_prob[0]
+
+    def after(n: int, contexts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """ln p of ids [E] after contexts [E] of order n + 1."""
+        if n == 0:
+            return base[ids]
+        entry = prior.find_entries(n, contexts, ids)
+        value, absent = log_prob[n][entry], np.flatnonzero(entry < 0)  # absent where an ARPA file was pruned
+        if len(absent):
+            contexts = contexts[absent]
+            value[absent] = log_backoff[n][contexts] + after(n - 1, prior.orders[n].parent[contexts], ids[absent])
+        return value
+
+    values = []
+    for n, o in enumerate(prior.orders[1:], 1):
+        context = o.context
+        values.append(log_prob[n] - log_backoff[n][context] - after(n - 1, o.parent[context], o.ids))
+    return base, values
 
 
 def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
@@ -220,11 +217,6 @@ def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
     return [t / (t + d) for t in totals]
 
 
-def _tensor(array: np.ndarray, last: float) -> Tensor:
-    """The array with one more row, filled with `last`."""
-    return torch.from_numpy(np.concatenate([array, np.full((1, *array.shape[1:]), last, array.dtype)]))
-
-
 def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
     """Put `<s>` before the first token of a text that does not begin with it."""
     absent = tokens < 0
@@ -233,37 +225,46 @@ def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
     return torch.where(absent & present_next & (next_symbol != bos), bos, symbols)
 
 
-def keep_mass(p: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
-    """bias - ln E_p[exp(bias) | inside] inside, 0 outside: the mass of `inside` stays what it was."""
-    weight = torch.where(inside, p, 0.0)
-    mass = weight.sum(-1, keepdim=True)
-    shift = ((weight * bias.exp()).sum(-1, keepdim=True) / mass).log()
-    return torch.where(inside, bias - torch.where(mass > 0, shift, 0.0), 0.0)
+def plausible(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
+    """Scores less their maximum where p >= alpha max p, -inf elsewhere and for the ids `barred`."""
+    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # a row may hold nothing but -inf
+    inside = torch.nn.functional.threshold(scores - top, math.log(alpha) - 1e-6, -torch.inf)
+    return inside.index_fill_(1, barred, -torch.inf)
 
 
-def repetition_penalty(tokens: Tensor, width: int, factor: float, base: float, allowed: int,
-                       cap: float) -> Tensor:  # fmt: skip
-    """What DRY subtracts, [rows, width] nats: min(cap, factor base^(L - allowed)) where L >= allowed.
+def keep_mass(scores: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
+    """scores + bias - ln E_p[exp(bias) | inside] inside, scores outside: the mass of `inside` stays what it was.
 
-    L(i) is the length of the longest suffix of the tokens that occurred earlier followed by i. tokens
-    [rows, length], -1 where there is none. Source: "DRY: a modern repetition penalty", text-generation-webui
-    pull request 5677.
+    `inside` is what `plausible` returns.
     """
-    rows, length = tokens.shape
-    penalty = torch.zeros(rows, width + 1, device=tokens.device)
-    if length < 2:
-        return penalty[:, :width]
+    p = inside.exp()
+    shift = (inside + bias).logsumexp(-1, keepdim=True) - p.sum(-1, keepdim=True).log()
+    # NaN where nothing is inside. Rounded up, p is 1 inside and 0 outside.
+    return torch.addcmul(scores, p.ceil_(), bias - shift.nan_to_num_())
+
+
+def loop_guard(scores: Tensor, tokens: Tensor, factor: float, base: float, allowed: int, cap: float) -> Tensor:
+    """DRY: scores [rows, width] - min(cap, factor base^(L - allowed)) nats where L >= allowed.
+
+    L(i) is the length of the longest suffix of tokens [rows, length] (-1: no token) that occurred earlier followed
+    by i. Source: "DRY: a modern repetition penalty", text-generation-webui pull request 5677.
+    """
+    length = tokens.shape[1] - 1
+    if length < 1:
+        return scores
     # Longer matches than `longest` are capped anyway.
     longest = min(length, allowed + max(0, math.ceil(math.log(cap / factor) / math.log(base))))
-    padded = torch.nn.functional.pad(tokens, (longest - 1, 0), value=-1)
-    windows = padded.unfold(1, longest, 1).flip(-1)  # [rows, length, longest], newest first
-    equal = (windows == windows[:, -1:]) & (windows >= 0)
-    match = equal[:, :-1].long().cumprod(-1).sum(-1)  # what ends before the last token
-    nats = (factor * base ** (match - allowed).float()).clamp(max=cap)
-    nats = torch.where(match >= allowed, nats, 0.0)
+    earlier = torch.nn.functional.pad(tokens[:, :-1], (longest - 1, 0), value=-1)
+    newest = tokens[:, -longest:].masked_fill(tokens[:, -longest:] < 0, -2)  # padding matches nothing
+    match = torch.zeros_like(tokens[:, 1:], dtype=torch.uint8)  # of what ends before each token but the first
+    for back in range(longest - 1, -1, -1):
+        start = longest - 1 - back
+        match = (match + 1) * (earlier[:, start : start + length] == newest[:, -1 - back, None])
+    nats = (factor * base ** (match.float() - allowed)).clamp(max=cap)
     following = tokens[:, 1:]
-    following = torch.where((following >= 0) & (following < width), following, width)
-    return penalty.scatter_reduce_(1, following, nats, "amax")[:, :width]
+    penalised = (match >= allowed) & (following >= 0) & (following < scores.shape[1])
+    following, nats = torch.where(penalised, following, 0), torch.where(penalised, nats, 0.0)
+    return scores.scatter_reduce(1, following, scores.gather(1, following) - nats, "amin")
 
 
 # --- processor ---
@@ -372,10 +373,9 @@ class NGramStyleLogitsProcessor(Processor):
         self.exempt = tuple(self.exempt)
         for token in self.exempt:
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
-        self.context = None if self.guard else self.prior.order - 1
-        # No option that reads the distribution: the bias of a step is strength * g.
-        self._plain = not self.plausibility and self.clip is None and self._schedule == "constant"
-
+        self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
+        self.context = None if self.guard else self._reach
+        self._placed: dict[tuple[torch.device, int], Any] = {}  # tables for the device and width last seen
     @classmethod
     def example(cls, width: int) -> Self:
         return cls(_example_prior(width), strength=0.5)
@@ -401,69 +401,67 @@ class NGramStyleLogitsProcessor(Processor):
     def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
         out = scores
         if self.strength:
-            recent = trailing(tokens, self.prior.order - 1)
-            table = self._tables[0].to(scores.device)
-            if scores.shape[1] < table.width:
-                self.check_width(scores.shape[1])
-            if not self._plain:
-                out = self._biased(recent, scores, generated)
-            elif table.sparse:
-                out = table.add_to(scores, recent)
-            else:
-                out = self._g(recent, scores.softmax(-1)).add_(scores)
+            out = self._steered(tokens, scores, generated)
         if self.guard:
             age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
             tokens = torch.where(age <= generated[:, None], tokens, -1)
-            out = out - repetition_penalty(tokens, scores.shape[1], self.guard, self.guard_base,
-                                           self.guard_length, self.guard_cap)  # fmt: skip
+            out = loop_guard(out, tokens, self.guard, self.guard_base, self.guard_length, self.guard_cap)
         return out
 
-    def _g(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """strength * g, as wide as `weight`; for the dense rules centred by it (see `centred`)."""
-        table, width = self._tables[0], weight.shape[1]
-        g = table.dense(tokens, width)
-        if table.sparse:
-            return g
-        if self.background is not None:
-            g -= self._tables[1].to(weight.device).dense(tokens, width)
-        return centred(g, weight, table.exempt, table.width)
-
-    def _biased(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
-        table, inside, p = self._tables[0], None, scores.softmax(-1)
-        if self.plausibility:  # the tokens that get a bias
-            inside = plausible(p, self.plausibility).index_fill_(1, table.exempt, False)
-            inside[:, table.width :] = False
-        bias = self._g(tokens, p if inside is None else torch.where(inside, p, 0.0))
-        if self._schedule != "constant":
-            bias = bias * self._schedule_factor(p, generated)
-        if self.clip is not None:
-            bias = bias.clamp(-self.clip, self.clip)
-        if inside is not None and self.plausibility_mode == "keep":
-            bias = keep_mass(p, bias, inside)
-        elif inside is not None:
-            forbidden = (~inside).index_fill_(1, table.exempt, False)
-            forbidden[:, table.width :] = False
-            scores = scores.masked_fill(forbidden, -torch.inf)
-        if self._schedule == "budget":
-            bias = bias * within_budget(scores, bias, self._amount)
-        # A row without a finite score has no softmax: whatever its bias, nothing becomes of it.
-        return scores + bias.nan_to_num_()
-
-    def _schedule_factor(self, p: Tensor, generated: Tensor) -> float | Tensor:
+    def _steered(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
+        bias, barred = self._bias(tokens, scores)
         if self._schedule == "ramp":
-            return (generated / self._amount).clamp(max=1.0)[:, None]
-        if self._schedule == "entropy":
-            return torch.special.entr(p).sum(-1, keepdim=True) / math.log(p.shape[1])
-        return 1.0
+            bias = bias.times((generated / self._amount).clamp(max=1.0)[:, None])
+        elif self._schedule == "entropy":
+            entropy = torch.special.entr(scores.softmax(-1)).sum(-1, keepdim=True)
+            bias = bias.times((entropy / math.log(scores.shape[1])).nan_to_num_())
+        inside = plausible(scores, self.plausibility, barred) if self.plausibility else scores
+        bounded = self.clip is not None or self._schedule == "budget"
+        if self.rule not in SPARSE and (bounded or not self.plausibility):  # `keep_mass` needs no centring
+            bias = bias.centred(inside.softmax(-1))
+        if not self.plausibility and not bounded:
+            return bias.added_to(scores)
+
+        change = bias.added_to(scores.new_zeros(()))
+        if self.clip is not None:
+            change.clamp_(-self.clip, self.clip)
+        if self._schedule == "budget":
+            change *= within_budget(inside, change, self._amount).nan_to_num_()
+        if not self.plausibility:
+            return scores + change
+        out = keep_mass(scores, change, inside)
+        if self.plausibility_mode == "drop":
+            out.masked_fill_((inside == -torch.inf).index_fill_(1, barred, False), -torch.inf)
+        return out
+
+    def _bias(self, tokens: Tensor, scores: Tensor) -> tuple[Bias, Tensor]:
+        """The bias, and the ids that get none: exempt ones, and those beyond the vocabulary."""
+        key = (scores.device, scores.shape[1])
+        if key not in self._placed:
+            self._placed = {key: self._place(*key)}
+        tables, basis, barred = self._placed[key]
+        recent = trailing(tokens, self._reach)
+        weights, *entries = zip(*(table.look_up(recent) for table in tables), strict=True)
+        row, id, value = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in entries)
+        return Bias(basis, list(weights), row, id, value), barred
+
+    def _place(self, device: torch.device, width: int) -> tuple[list[BiasTable], Tensor, Tensor]:
+        """Tables, basis [priors + 1, width] and barred ids on a device."""
+        self.check_width(width)
+        barred = torch.tensor([*self._exempt(), *range(self.prior.vocab_size, width)], dtype=torch.int64)
+        allowed = torch.ones(width).index_fill(0, barred, 0.0)
+        beyond = (0, width - self.prior.vocab_size)
+        basis = torch.stack([*(torch.nn.functional.pad(t.base.cpu(), beyond) for t in self._tables), allowed])
+        return [table.to(device) for table in self._tables], basis.to(device), barred.to(device)
 
     @functools.cached_property
     def _tables(self) -> list[BiasTable]:
-        priors = [self.prior] if self.background is None else [self.prior, self.background]
+        """One for the prior, one that subtracts the background."""
+        signed = [(self.prior, self.strength), (self.background, -self.strength)]
         return [
-            BiasTable(
-                p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos, self.strength
-            )
-            for p in priors
+            BiasTable(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos, strength)
+            for p, strength in signed
+            if p is not None
         ]
 
     def _exempt(self) -> list[int]:

@@ -9,7 +9,7 @@ from ngram_reference import Reference
 
 import logitproc as lp
 from logitproc.counting import NGramCounter
-from logitproc.methods.ngram import DEFAULTS, OFF, NGramStyleLogitsProcessor, repetition_penalty
+from logitproc.methods.ngram import DEFAULTS, OFF, NGramStyleLogitsProcessor, loop_guard
 
 A, B, C = 0, 1, 2
 RULES = ("paper", "lift", "backoff", "ratio")
@@ -404,7 +404,7 @@ def test_the_start_of_a_text_is_a_context_only_when_asked():
 def test_the_guard_penalises_what_would_continue_the_loop_and_nothing_else():
     # a b c d a b c: the suffix a b c was followed by d, so L = 3 and .8 x 1.75 = 1.4
     tokens = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    penalty = repetition_penalty(tokens, 6, 0.8, 1.75, 2, 10.0)
+    penalty = -loop_guard(torch.zeros(1, 6), tokens, 0.8, 1.75, 2, 10.0)
     torch.testing.assert_close(penalty, torch.tensor([[0, 0, 0, 1.4, 0, 0]]))
 
 
@@ -412,10 +412,9 @@ def test_the_guard_grows_by_its_base_up_to_its_cap():
     for length, expected in zip((2, 3, 4, 5, 6), (0.8, 1.4, 2.45, 4.2875, 7.503125), strict=True):
         run = list(range(1, length + 1))
         tokens = torch.tensor([[*run, 9, *run]])
-        assert repetition_penalty(tokens, 12, 0.8, 1.75, 2, 100.0)[0, 9].item() == pytest.approx(expected)
-        assert repetition_penalty(tokens, 12, 0.8, 1.75, 2, 2.0)[0, 9].item() == pytest.approx(
-            min(expected, 2)
-        )
+        for cap in (100.0, 2.0):
+            out = loop_guard(torch.zeros(1, 12), tokens, 0.8, 1.75, 2, cap)
+            assert -out[0, 9].item() == pytest.approx(min(expected, cap))
 
 
 def test_the_guard_reads_generated_tokens_only(prior):
