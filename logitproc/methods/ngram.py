@@ -57,9 +57,15 @@ class Bias(NamedTuple):
     id: Tensor  # int64 [E]
     value: Tensor  # float32 [E]
 
-    def added_to(self, scores: Tensor) -> Tensor:
-        """scores + strength * g, a new tensor [rows, width]; a single zero will do for scores."""
-        out = torch.addcmul(scores, self.weights[0], self.basis[0])
+    def added_to(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
+        """scores + strength * g [rows, width], in `out` where given: large temporaries cost more than arithmetic."""
+        return self._rest(torch.addcmul(scores, self.weights[0], self.basis[0], out=out))
+
+    def dense(self) -> Tensor:
+        """strength * g [rows, width]."""
+        return self._rest(self.weights[0] * self.basis[0])
+
+    def _rest(self, out: Tensor) -> Tensor:
         for weight, part in zip(self.weights[1:], self.basis[1:], strict=False):
             out.addcmul_(weight, part)
         return out.index_put_((self.row, self.id), self.value, accumulate=True)
@@ -90,7 +96,7 @@ class BiasTable:
     p(i given h) = b(h) p(i given the shorter h) where h does not hold i, so all contexts together give ln p but for
     the sum of their ln b, which is the same for every token.
 
-    The C contexts of all orders are numbered through, C stands for "not found" and -1 for the empty context.
+    The C contexts of all orders are numbered through; C stands for "not found" and C + 1 for the empty context.
     """
 
     def __init__(self, prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None,
@@ -99,7 +105,8 @@ class BiasTable:
         trust = _confidence(prior, confidence)
         base, values = _sparse(prior, rule, k, weights, trust) if rule in SPARSE else _dense(prior)
         base[exempt] = 0.0
-        keys, lengths, ids, kept, first, parents = [], [], [], [], -1, 0
+        keys, lengths, ids, kept = [], [], [], []
+        first, parents = -1, 0  # the number of the first parent context; the empty one counts as -1 in keys
         for o, value in zip(prior.orders[1:], values, strict=True):
             keys.append((first + o.parent) * (self.width + 2) + o.oldest)
             keep = (value != 0) & ~np.isin(o.ids, exempt)
@@ -107,12 +114,14 @@ class BiasTable:
             ids.append(o.ids[keep])
             kept.append(value[keep] * strength)
             first, parents = parents, parents + len(o.keys)
-        length = np.concatenate([*lengths, [0, 0]]).astype(np.int64)  # not found, and the empty context: `base`
+        length = np.concatenate([*lengths, [0]]).astype(np.int64)
         self.longest = int(length.max())
         self.base = torch.from_numpy(base * strength).float()  # [V]
         self.symbols = torch.from_numpy(symbol_table(prior, bos))
         self.keys = torch.from_numpy(np.concatenate([*keys, [np.iinfo(np.int64).max]]))  # [C + 1], ascending
-        self.span = torch.from_numpy(np.stack([np.cumsum(length) - length, length], 1))  # [C + 2]: start, length
+        self.none = torch.tensor(len(self.keys) - 1)
+        self.length = torch.from_numpy(length)  # [C + 1], of each context's row of entries
+        self.start = self.length.cumsum(0) - self.length
         self.ids = torch.from_numpy(np.concatenate([*ids, [0]]).astype(np.int64))  # [E + 1], the last for filling
         self.values = torch.from_numpy(np.concatenate([*kept, [0.0]])).float()
         self.trust: Tensor | None = None  # float32 [C + 2]; the terms of the sparse rules hold theirs
@@ -130,36 +139,36 @@ class BiasTable:
         contexts = self.contexts(tokens)
         row, id, value = self.entries(contexts)
         if self.trust is None:
-            return torch.ones_like(contexts[:, :1], dtype=value.dtype), row, id, value
-        longest_match = (contexts < len(self.keys) - 1).sum(1, keepdim=True) - 1
-        weight = self.trust[contexts.gather(1, longest_match)]
+            return value.new_ones(len(tokens), 1), row, id, value
+        known = (contexts < self.none).sum(0, keepdim=True)  # 0: the empty context is the longest that matches
+        longest_match = torch.nn.functional.pad(contexts, (0, 0, 1, 0), value=len(self.keys)).gather(0, known)
+        weight = self.trust.take(longest_match).T
         return weight, row, id, value * weight[row, 0]
 
     def contexts(self, tokens: Tensor) -> Tensor:
-        """The context of each order after tokens [rows, length], int64 [rows, order]."""
+        """The context of each order from 2 on after tokens [rows, length], int64 [order - 1, rows]."""
         symbols = self.symbols[tokens.clamp(-1, self.width)]
         if self.bos:
             symbols = _start_of_text(symbols, tokens, self.width)
-        found = [tokens.new_full(tokens.shape[:1], -1)]
-        for n in range(1, self.order):
-            key = found[-1] * (self.width + 2) + symbols[:, -n]
+        found: list[Tensor] = []
+        for n, symbol in enumerate(symbols.flip(1).unbind(1)[: self.order - 1]):
+            key = symbol - (self.width + 2) if n == 0 else found[-1] * (self.width + 2) + symbol
             at = torch.searchsorted(self.keys, key)
-            found.append(torch.where(self.keys[at] == key, at, len(self.keys) - 1))
-        return torch.stack(found, 1)
+            found.append(torch.where(self.keys.take(at) == key, at, self.none))
+        return torch.stack(found) if found else tokens.new_empty(0, len(tokens))
 
     def entries(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row, id, value) of every entry of contexts [rows, order], three flat lists."""
-        rows = torch.arange(contexts.shape[0], device=contexts.device)[:, None].expand_as(contexts).flatten()
-        start, length = self.span[contexts.flatten()].unbind(1)
+        """(row, id, value) of every entry of contexts [order - 1, rows], three flat lists."""
+        start, length = self.start.take(contexts).flatten(), self.length.take(contexts).flatten()
         if contexts.device.type == "cpu":
-            row = rows.repeat_interleave(length)
-            skip = (start - length.cumsum(0) + length).repeat_interleave(length)
-            at = skip + torch.arange(len(row))
+            source = torch.repeat_interleave(length)
+            at = (start - length.cumsum(0) + length).take(source) + torch.arange(len(source))
         else:  # how many there are only the GPU knows, and asking would wait for it: fill up to the longest
-            row = rows.repeat_interleave(self.longest)
             reach = torch.arange(self.longest, device=contexts.device)
+            source = torch.arange(len(start), device=contexts.device).repeat_interleave(self.longest)
             at = torch.where(reach < length[:, None], start[:, None] + reach, len(self.ids) - 1).flatten()
-        return row, self.ids[at], self.values[at]
+        rows = torch.arange(contexts.shape[1], device=contexts.device).repeat(contexts.shape[0])
+        return rows.take(source), self.ids.take(at), self.values.take(at)
 
 
 def _sparse(
@@ -226,21 +235,22 @@ def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
 
 
 def plausible(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
-    """Scores less their maximum where p >= alpha max p, -inf elsewhere and for the ids `barred`."""
-    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # a row may hold nothing but -inf
-    inside = torch.nn.functional.threshold(scores - top, math.log(alpha) - 1e-6, -torch.inf)
-    return inside.index_fill_(1, barred, -torch.inf)
+    """p where p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2), 0 elsewhere and for the
+    ids `barred`; up to a factor for each row."""
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a row that holds nothing else has a softmax, if a useless one
+    top = scores.amax(-1, keepdim=True).clamp(min=lowest)
+    inside = torch.nn.functional.threshold_(scores - top, math.log(alpha) - 1e-6, lowest)
+    return inside.softmax(-1).index_fill_(1, barred, 0.0)
 
 
-def keep_mass(scores: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
-    """scores + bias - ln E_p[exp(bias) | inside] inside, scores outside: the mass of `inside` stays what it was.
+def keep_mass(scores: Tensor, bias: Tensor, p: Tensor) -> Tensor:
+    """scores + bias - ln E_p[exp(bias)] where p > 0, scores elsewhere, so that set keeps its probability.
 
-    `inside` is what `plausible` returns.
+    p [rows, width] is proportional to the distribution of the scores over the set, all zero where that is empty.
     """
-    p = inside.exp()
-    shift = (inside + bias).logsumexp(-1, keepdim=True) - p.sum(-1, keepdim=True).log()
-    # NaN where nothing is inside. Rounded up, p is 1 inside and 0 outside.
-    return torch.addcmul(scores, p.ceil_(), bias - shift.nan_to_num_())
+    shift = (bias.exp().mul_(p).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)).log().nan_to_num_()
+    change = (bias - shift).mul_(p.ceil())  # rounded up, p is 1 in the set and 0 outside
+    return change.add_(scores)
 
 
 def loop_guard(scores: Tensor, tokens: Tensor, factor: float, base: float, allowed: int, cap: float) -> Tensor:
@@ -375,6 +385,8 @@ class NGramStyleLogitsProcessor(Processor):
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
         self.context = None if self.guard else self._reach
+        # No option that needs the bias of every token.
+        self._plain = not self.plausibility and self.clip is None and self._schedule != "budget"
         self._placed: dict[tuple[torch.device, int], Any] = {}  # tables for the device and width last seen
     @classmethod
     def example(cls, width: int) -> Self:
@@ -415,23 +427,23 @@ class NGramStyleLogitsProcessor(Processor):
         elif self._schedule == "entropy":
             entropy = torch.special.entr(scores.softmax(-1)).sum(-1, keepdim=True)
             bias = bias.times((entropy / math.log(scores.shape[1])).nan_to_num_())
-        inside = plausible(scores, self.plausibility, barred) if self.plausibility else scores
-        bounded = self.clip is not None or self._schedule == "budget"
-        if self.rule not in SPARSE and (bounded or not self.plausibility):  # `keep_mass` needs no centring
-            bias = bias.centred(inside.softmax(-1))
-        if not self.plausibility and not bounded:
+        if self.rule in SPARSE and self._plain:
             return bias.added_to(scores)
-
-        change = bias.added_to(scores.new_zeros(()))
+        p = plausible(scores, self.plausibility, barred) if self.plausibility else scores.softmax(-1)
+        if self.rule not in SPARSE:
+            bias = bias.centred(p)
+        if self._plain:
+            return bias.added_to(scores, out=p)
+        change = bias.dense()
         if self.clip is not None:
             change.clamp_(-self.clip, self.clip)
         if self._schedule == "budget":
-            change *= within_budget(inside, change, self._amount).nan_to_num_()
+            change *= within_budget(p.log(), change, self._amount).nan_to_num_()
         if not self.plausibility:
             return scores + change
-        out = keep_mass(scores, change, inside)
+        out = keep_mass(scores, change, p)
         if self.plausibility_mode == "drop":
-            out.masked_fill_((inside == -torch.inf).index_fill_(1, barred, False), -torch.inf)
+            out.masked_fill_((p == 0).index_fill_(1, barred, False), -torch.inf)
         return out
 
     def _bias(self, tokens: Tensor, scores: Tensor) -> tuple[Bias, Tensor]:
