@@ -80,7 +80,8 @@ class Bias(NamedTuple):
 
         A constant in g is invisible to a softmax over all tokens, but not beside tokens that get no bias.
         """
-        *means, mass = (p @ self.basis.T).unbind(1)
+        # One dot product a row: a matrix product would round a row by how many stand beside it.
+        *means, mass = (torch.linalg.vecdot(p, part) for part in self.basis)
         total = torch.zeros_like(mass).index_put_((self.row,), p[self.row, self.id] * self.value, accumulate=True)
         for weight, mean in zip(self.weights, means, strict=True):
             total.addcmul_(weight[:, 0], mean)
@@ -234,12 +235,12 @@ def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
     return torch.where(absent & present_next & (next_symbol != bos), bos, symbols)
 
 
-def plausible(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
+def plausible_part(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
     """p where p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2), 0 elsewhere and for the
     ids `barred`; up to a factor for each row."""
     lowest = torch.finfo(scores.dtype).min  # not -inf: a row that holds nothing else has a softmax, if a useless one
     top = scores.amax(-1, keepdim=True).clamp(min=lowest)
-    inside = torch.nn.functional.threshold_(scores - top, math.log(alpha) - 1e-6, lowest)
+    inside = torch.nn.functional.threshold(scores - top, math.log(alpha) - 1e-6, lowest, inplace=True)
     return inside.softmax(-1).index_fill_(1, barred, 0.0)
 
 
@@ -429,7 +430,7 @@ class NGramStyleLogitsProcessor(Processor):
             bias = bias.times((entropy / math.log(scores.shape[1])).nan_to_num_())
         if self.rule in SPARSE and self._plain:
             return bias.added_to(scores)
-        p = plausible(scores, self.plausibility, barred) if self.plausibility else scores.softmax(-1)
+        p = plausible_part(scores, self.plausibility, barred) if self.plausibility else scores.softmax(-1)
         if self.rule not in SPARSE:
             bias = bias.centred(p)
         if self._plain:
