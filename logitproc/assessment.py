@@ -214,21 +214,22 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
     ("self_bleu", "self-BLEU (lower: more diverse)", ".4f"),
     ("base_perplexity", "perplexity under the unsteered model", ".1f"),
     ("distance_to_real", "distance to real texts, cosine", ".4f"),
-    ("label_accuracy", "label accuracy, first oracle", ".1%"),
-    ("second_label_accuracy", "label accuracy, second oracle", ".1%"),
-    ("student_accuracy", "student accuracy, first kind", ".1%"),
-    ("second_student_accuracy", "student accuracy, second kind", ".1%"),
+    ("label_accuracy", "label accuracy, oracle: {first}", ".1%"),
+    ("second_label_accuracy", "label accuracy, oracle: {second}", ".1%"),
+    ("student_accuracy", "student accuracy: {first}", ".1%"),
+    ("second_student_accuracy", "student accuracy: {second}", ".1%"),
 )
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The result of `assess` as aligned lines: a figure a line, an arm a column, then what they rest on."""
     arms, settings = result["arms"], result["settings"]
+    first, second = settings.get("oracles") or ("", "")
     rows = [["", *arms]]
     for key, title, form in FIGURES:
         cells = [_cell(figures, key, form) for figures in arms.values()]
         if any(cells):
-            rows.append([title, *cells])
+            rows.append([title.format(first=first, second=second), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.rjust(w) if at else cell.ljust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
 
 from logitproc import assessment, corpus
 from logitproc.assessment import Real, assess, table
@@ -21,7 +22,7 @@ from logitproc.diversity import (
     vendi,
     words,
 )
-from logitproc.features import SentenceFeatures
+from logitproc.features import SentenceFeatures, tf_idf
 from logitproc.metrics import distinct_n
 
 EVAL = Path(__file__).parent.parent / "eval"
@@ -175,6 +176,19 @@ def test_duplicates_do_not_change_the_offline_features():
     once, often = SentenceFeatures(None, texts), SentenceFeatures(None, texts * 5)
     assert (once(texts) != often(texts)).nnz == 0
     assert np.allclose(np.sqrt(once(texts).power(2).sum(1)), 1) and once(["unknown"]).nnz == 0
+
+
+def test_why_the_offline_features_are_not_decomposed():
+    # A decomposition fitted to what it measures keeps what repeats: it finds copies more diverse than originals.
+    draw = np.random.default_rng(0)
+    text = lambda: " ".join(f"w{i}" for i in draw.zipf(1.4, 12).clip(max=5000))
+    distinct, copies = [text() for _ in range(200)], [text() for _ in range(100)] * 2
+    features = SentenceFeatures(None, distinct + copies)
+    assert vendi(features(distinct)) > vendi(features(copies))
+    weights = tf_idf().fit_transform(distinct + copies)
+    rows = TruncatedSVD(100, random_state=0).fit_transform(weights)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    assert vendi(rows[:200]) < vendi(rows[200:])
 
 
 def test_embeddings_are_normalised_named_and_used_by_the_second_oracle(monkeypatch):
