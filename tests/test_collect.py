@@ -375,14 +375,14 @@ def launched(arguments: list[str], world: int, folder: Path) -> None:
     assert [exit_status(process) for process in children] == [0] * world, "\n".join(log.read_text() for log in logs)
 
 
-@pytest.mark.parametrize("sync", ["round", "async"])
-def test_two_processes_share_the_work(whole, tmp_path, here, sync):
-    folder = tmp_path / "two"
+@pytest.mark.parametrize("world, sync", [(2, "round"), (4, "round"), (2, "async")])
+def test_processes_share_the_work(whole, tmp_path, here, world, sync):
+    folder = tmp_path / "run"
     command = ["collect", "--config", str(here / "job.yaml"), "--output", str(folder), "--device", "cpu"]
-    launched([*command, "--set", f"sync={sync}", "--set", "plain_items_per_label=0"], 2, tmp_path)
+    launched([*command, "--set", f"sync={sync}", "--set", "plain_items_per_label=0"], world, tmp_path)
     items = list(read_items(folder / "data.jsonl"))
     assert complete(folder, items)
-    assert {item["shard"] for item in items} == {0, 1}
+    assert {item["shard"] for item in items} == {0, 1, 2} - {world}  # a round of 12 has three batches
     one = whole[0]
     if sync == "round":
         assert comparable(items) == comparable(whole[1])
@@ -645,6 +645,15 @@ def test_a_collection_of_another_model_is_refused(whole):
 
 
 # --- the report ---
+
+
+def test_a_terminal_sees_items_rate_time_left_and_diversity(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    collected(tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "60/60" in shown and "items/s, distinct-3 1.00" in shown and "00:00<" in shown
+    collected(tmp_path / "run")  # goes on where it was
+    assert " 0/60" not in capsys.readouterr().err
 
 
 def test_the_command_ends_with_texts_and_a_report_beside_plain_sampling(command, here, tmp_path):
