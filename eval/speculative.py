@@ -5,8 +5,9 @@
     python eval/speculative.py decode --layers 6 12 24 48 --do-sample
 
 The host is the bundled `base`. A costlier host with the very distribution of `base` has more layers whose output
-is 0: real acceptance at an honest cost. Arms take turns prompt by prompt, so that a slow minute hits all of them;
-a ratio is the median over prompts, with quartiles. One thread, batch 1, EOS off, so that all arms write as much.
+is 0: real acceptance at an honest cost. One thread, batch 1, EOS off, so that all arms write as much. Times are CPU
+time of the process, which others on the machine disturb less; arms take turns prompt by prompt; a ratio is the
+median over prompts, with quartiles.
 
 Rules of judgement, fixed before the first run:
     plain        t(fused) <= 1.05 (1 + sum of t(small) / t(host)) t(alone), t of forward passes of one token
@@ -17,6 +18,7 @@ Rules of judgement, fixed before the first run:
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -62,34 +64,37 @@ def load(name: str, dtype: str) -> Any:
 # --- forward passes ---
 
 
-def median_ms(call: Callable[[], Any], rounds: int = 60) -> float:
-    times = []
+def in_turns(calls: Sequence[Callable[[], Any]], rounds: int = 60) -> list[float]:
+    """Median milliseconds of each call, made in turns as decoding does: they compete for the caches."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+        for call, spent in zip(calls, times, strict=True):
+            start = time.process_time()
+            call()
+            spent.append(time.process_time() - start)
+    return [1e3 * statistics.median(spent) for spent in times]
 
 
-def pass_ms(model: Any, tokens: int = 1, rows: int = 1, past: int = 64) -> float:
-    """Milliseconds of a forward pass of so many tokens after `past` cached ones."""
+def passes_ms(models: Sequence[Any], tokens: int = 1, rows: int = 1, past: int = 64) -> list[float]:
+    """Milliseconds of a forward pass of each model over so many tokens after `past` cached ones."""
     import torch
     from transformers import DynamicCache
 
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(3, 8000, (rows, count), generator=generator)
-    cache = DynamicCache()
+    caches = [DynamicCache() for _ in models]
 
-    def step() -> None:
+    def step(model: Any, cache: Any) -> None:
         model(draw(tokens), past_key_values=cache)
         cache.crop(-tokens)
 
     with torch.no_grad():
-        model(draw(past), past_key_values=cache)
-        return median_ms(step)
+        for model, cache in zip(models, caches, strict=True):
+            model(draw(past), past_key_values=cache)
+        return in_turns([functools.partial(step, *pair) for pair in zip(models, caches, strict=True)])
 
 
-def stacked_ms(models: Sequence[Any], rows: int = 1, past: int = 64) -> tuple[float, float, float]:
+def stacked_ms(models: Sequence[Any], rows: int = 1, past: int = 64) -> tuple[float, ...]:
     """Milliseconds of a pass of one token: one model after the other, stacked by vmap; largest difference."""
     import torch
     from torch.func import functional_call, stack_module_state, vmap
@@ -125,16 +130,16 @@ def stacked_ms(models: Sequence[Any], rows: int = 1, past: int = 64) -> tuple[fl
         values = [torch.stack([cache.layers[i].values for cache in caches]) for i in layers]
         together = lambda: vmap(one)(parameters, buffers, keys, values)
         difference = float((together() - torch.stack(in_turn())).abs().max())
-        return median_ms(in_turn), median_ms(together), difference
+        return (*in_turns([in_turn, together]), difference)
 
 
 def passes(args: argparse.Namespace) -> dict[str, Any]:
     base, small = load("base", args.dtype), load(args.base, args.dtype)
     rows = [
-        {"model": name, "rows": n, "tokens": k, "ms": pass_ms(model, k, n)}
-        for name, model in (("base", base), (args.base, small))
+        {"model": name, "rows": n, "tokens": k, "ms": ms}
         for n in (1, 8)
         for k in (1, 3, 5, 7)
+        for name, ms in zip(("base", args.base), passes_ms([base, small], k, n), strict=True)
     ]
     pair = [small, load(args.expert, args.dtype)]
     stacked = [dict(zip(("rows", "in_turn_ms", "vmap_ms", "difference"), (n, *stacked_ms(pair, n)), strict=True))
@@ -167,7 +172,6 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     expert, small = (lp.Companion(load(name, args.dtype), tokenizer) for name in (args.expert, args.base))
     fusion: Any = lp.get("fusion")
     chains = {mode: lp.Chain([fusion(expert=expert, base=small, mode=mode)]) for mode in args.modes}
-    small_ms = pass_ms(small.model) + pass_ms(expert.model)
     rows: list[dict[str, Any]] = []
     for layers in args.layers:
         host = costlier(base, layers)
@@ -181,15 +185,15 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         for number, prompt in enumerate([prompts[0], *prompts]):  # the first time warms up
             for arm, (chain, speculation) in arms.items():
                 torch.manual_seed(number)
-                start = time.perf_counter()
+                start = time.process_time()
                 out = lp.generate(host, chain, **prompt, speculative=speculation, do_sample=args.do_sample,
                                   top_k=0, max_new_tokens=args.tokens)  # fmt: skip
                 if number:
-                    times[arm].append(time.perf_counter() - start)
+                    times[arm].append(time.process_time() - start)
                     texts[arm].append(out)
                     if speculation:
                         counts[arm].append((speculation.accepted, speculation.judged))
-        host_ms = pass_ms(host)
+        host_ms, *small_ms = passes_ms([host, small.model, expert.model])
         for (mode, draft), seconds in times.items():
             ratios = sorted(a / b for a, b in zip(times["alone", "-"], seconds, strict=True))
             accepted, judged = (sum(column) for column in zip(*counts[mode, draft] or [(0, 0)], strict=True))
@@ -198,7 +202,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
                 for a, b in zip(texts[mode, draft], texts.get((mode, "plain"), []), strict=False)
             ]
             rows.append({
-                "layers": layers, "host_ms": host_ms, "small_ms": small_ms, "mode": mode,
+                "layers": layers, "host_ms": host_ms, "small_ms": sum(small_ms), "mode": mode,
                 "draft": "adapts" if draft is None else str(draft), "tokens_per_second":
                 args.tokens * len(seconds) / sum(seconds), "speed": statistics.median(ratios),
                 "speed_25": ratios[len(ratios) // 4], "speed_75": ratios[-1 - len(ratios) // 4],

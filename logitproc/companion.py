@@ -296,22 +296,25 @@ class Companion:
     def _forward(self, history: Tensor, kept: int, cache: DynamicCache | None, positions: int) -> Tensor:
         """Logits [rows, positions, width] after the last tokens, of which the cache holds the first `kept`."""
         mask = history >= 0
+        tokens = mask.cumsum(1)  # up to each column
         training = self.model.training
-        self.model.eval()
+        if training:
+            self.model.eval()
         try:
             output = self.model(
                 input_ids=history[:, kept:].clamp(0, self.model.get_input_embeddings().weight.shape[0] - 1),
                 attention_mask=mask.long(),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, kept:],
+                position_ids=(tokens[:, kept:] - 1).clamp(min=0),
                 past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=positions,
             )
         finally:
-            self.model.train(training)
+            if training:
+                self.model.train()
         self.forwards += 1
         logits = output.logits[:, -positions:].float()
-        begun = mask.cumsum(1)[:, -positions:] > 0
+        begun = tokens[:, -positions:] > 0
         logits = torch.where(begun[..., None], logits, 0.0)
         if logits.device.type == "cpu" and bool(logits.isnan().any()):
             row = int(logits.isnan().flatten(1).any(1).nonzero()[0])
