@@ -30,6 +30,12 @@ from typing import Any
 PLAIN_MARGIN = 1.05
 FASTER_FROM = 4.0
 DRAFTS = (2, 4, 6, None)  # None: adapts
+# The bundled expert writes headlines.
+OPENINGS = (
+    "Stocks rise as", "The president says", "Police arrest two men", "New study finds", "Oil prices fall after",
+    "Storm leaves thousands", "The court rules that", "Three dead in", "The senate passes", "How to cook",
+    "Scientists discover a", "Why the city",
+)  # fmt: skip
 
 
 def costlier(model: Any, layers: int) -> Any:
@@ -164,14 +170,12 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     import logitproc as lp
 
     tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
-    lines = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
-    prompts = [
-        tokenizer(line, return_tensors="pt") for line in lines[:: len(lines) // args.prompts][: args.prompts]
-    ]
+    prompts = [tokenizer(opening, return_tensors="pt") for opening in OPENINGS[: args.prompts]]
     base = load("base", args.dtype)
     expert, small = (lp.Companion(load(name, args.dtype), tokenizer) for name in (args.expert, args.base))
     fusion: Any = lp.get("fusion")
     chains = {mode: lp.Chain([fusion(expert=expert, base=small, mode=mode)]) for mode in args.modes}
+    sampling = {"do_sample": True, "top_k": 0} if args.do_sample else {"do_sample": False}
     rows: list[dict[str, Any]] = []
     for layers in args.layers:
         host = costlier(base, layers)
@@ -186,8 +190,9 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
             for arm, (chain, speculation) in arms.items():
                 torch.manual_seed(number)
                 start = time.process_time()
-                out = lp.generate(host, chain, **prompt, speculative=speculation, do_sample=args.do_sample,
-                                  top_k=0, max_new_tokens=args.tokens)  # fmt: skip
+                out = lp.generate(
+                    host, chain, **prompt, speculative=speculation, max_new_tokens=args.tokens, **sampling
+                )
                 if number:
                     times[arm].append(time.process_time() - start)
                     texts[arm].append(out)
@@ -246,7 +251,7 @@ def main() -> None:
     parser.add_argument("--base", default="mini", help="the small base model")
     parser.add_argument("--modes", nargs="+", default=["newton", "mixture"])
     parser.add_argument("--layers", nargs="+", type=int, default=[6, 12, 24, 48], help="of the host")
-    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=8, help="so many of the openings")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--do-sample", action="store_true", help="at temperature 1")
     parser.add_argument("--dtype", default="float32")

@@ -21,7 +21,7 @@ from .processor import as_wide
 
 LONGEST = 16  # tokens of a draft
 _WORTH = 0.3  # a token is drafted while it is accepted at least so often
-_MEMORY = 0.9  # how much of the acceptance counts one round later
+_MEMORY = 0.95  # how much of the acceptance counts one round later
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Decoder:
     def __init__(self, bound: BoundChain, speculation: Speculation, streamer: Any = None):
         self.bound, self.speculation, self.streamer = bound, speculation, streamer
         self.drafter = speculation.drafter(bound.chain)
-        self.hits, self.tries = 0.7, 1.0  # of the recent past
+        self.hits, self.tries = 0.6, 1.0  # of the recent past
         speculation.rounds = speculation.drafted = speculation.judged = speculation.accepted = 0
 
     def __call__(
