@@ -127,11 +127,8 @@ class Companion:
         if input_ids.shape[1] == 0:
             raise ValueError(f"The text given to the companion {self.name} holds no token; begin with BOS.")
         history = torch.where(self._mask(input_ids, attention_mask), input_ids, -1)
-        if (
-            positions is None
-            and not self._lags
-            and bool(((history[:, -1] < 0) & (history >= 0).any(1)).any())
-        ):
+        ends_in_padding = positions is None and not self._lags and bool((history[:, -1] < 0).any())
+        if ends_in_padding and bool((history >= 0).any(1)[history[:, -1] < 0].any()):
             raise ValueError("A prompt ends in padding; pad prompts on the left (padding_side='left').")
         if self.prompt is not None:
             history = self._prompted(history, generated, positions or 1)
@@ -149,14 +146,8 @@ class Companion:
     def fork(self) -> "Companion":
         """Another companion with the same weights and an empty state."""
         twin = object.__new__(type(self))
-        own: dict[str, Any] = {
-            "_state": None,
-            "_lock": threading.RLock(),
-            "_lags": False,
-            "_unread": [],
-            "forwards": 0,
-        }
-        twin.__dict__ |= self.__dict__ | own
+        own: dict[str, Any] = {"_state": None, "_lags": False, "_unread": [], "forwards": 0}
+        twin.__dict__ |= self.__dict__ | own | {"_lock": threading.RLock()}
         return twin
 
     @property
@@ -167,7 +158,8 @@ class Companion:
     @property
     def width(self) -> int:
         """How many tokens it scores."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        head = self.model.get_output_embeddings()
+        return self.model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights`, `cache` and `logits`."""
@@ -232,9 +224,9 @@ class Companion:
             )
         if self.overflow == "off":
             warnings.warn(
-                f"A text has {longest} tokens and the companion {self.name} reads {self.max_length}: from here "
-                "on it has no say.", stacklevel=4,
-            )  # fmt: skip
+                f"The companion {self.name} reads {self.max_length} tokens; in longer texts it has no say.",
+                stacklevel=4,
+            )
             return None
         # Half a context is dropped at a time, so that most steps can continue the one before.
         half = max(1, self.max_length // 2)
@@ -384,29 +376,33 @@ class Companion:
     ) -> Self:
         """The companion of that name: a folder (relative to `base`), a bundled model, or ORG/NAME on the hub.
 
-        One process loads it once: as long as a companion is in use, the same arguments give the same object.
-        `device` is a GPU if there is one. Raises FileNotFoundError when there is no such model, MemoryError
-        when it does not fit on the device.
+        One process loads a model once, and as long as a companion is in use the same arguments give the same
+        object. `device` is a GPU if there is one; "auto" or "balanced" spreads the model over all. Raises
+        FileNotFoundError when there is no such model, MemoryError when it does not fit on the device.
         """
         folder = base / model if base is not None and (base / model).is_dir() else Path(model)
         source = find_model(str(folder))
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        key = (source, revision, dtype, place, prompt, overflow)
+        weights = (source, revision, dtype, place)
         with _loading:
-            companion = _loaded.get(key)
-            if companion is None:
+            found = _loaded.get((weights, prompt, overflow))
+            if found is not None:
+                return found
+            twin = next((c for (used, *_), c in _loaded.items() if used == weights), None)
+            if twin is None:
                 loaded = _load_model(str(model), source, revision, dtype, place)
                 tokenizer = _load_tokenizer(source, revision)
-                companion = cls(loaded, tokenizer, prompt=prompt, overflow=overflow)
-                companion.name = str(model)
-                given = {"revision": revision, "dtype": dtype, "device": device, "prompt": prompt,
-                         "overflow": overflow}  # fmt: skip
-                plain = {"dtype": "auto", "overflow": "error"}
-                given = {k: v for k, v in given.items() if v is not None and v != plain.get(k)}
-                name = str(Path(source).resolve()) if Path(str(folder)).is_dir() else str(model)
-                companion._saved = {"model": name, **given} if given else name
-                _loaded[key] = companion
-        return companion
+            else:
+                loaded, tokenizer = twin.model, twin.tokenizer
+            companion = cls(loaded, tokenizer, prompt=prompt, overflow=overflow)
+            companion.name = str(model)
+            given = {"revision": revision, "device": device, "prompt": prompt}
+            given |= {"dtype": None if dtype == "auto" else dtype}
+            given |= {"overflow": None if overflow == "error" else overflow}
+            given = {key: value for key, value in given.items() if value is not None}
+            name = str(Path(source).resolve()) if folder.is_dir() else str(model)
+            companion._saved = {"model": name, **given} if given else name
+            return _loaded.setdefault((weights, prompt, overflow), companion)
 
     @classmethod
     def from_parameter(cls, value: Any, base: Path | None = None) -> Any:
@@ -531,9 +527,10 @@ _loading = threading.Lock()
 
 def _load_model(name: str, source: str, revision: str | None, dtype: str, device: str) -> Any:
     print(f"Loading the companion {name} on {device} (dtype {dtype}) ...", file=sys.stderr)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+    spread = {"device_map": device} if device in ("auto", "balanced") else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, **spread).eval()
     try:
-        return model.to(device).eval()
+        return model if spread else model.to(device)
     except torch.OutOfMemoryError:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         raise MemoryError(
