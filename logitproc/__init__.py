@@ -13,7 +13,8 @@ _LAZY = {
     "NGramPrior": "prior", "TokenLedger": "ledger",
     "AlignDistilLogitsProcessor": "methods.aligndistil", "NGramStyleLogitsProcessor": "methods.ngram",
     "SuppressionLogitsProcessor": "methods.suppression", "VQLogitsProcessor": "methods.vq",
-    "VQHead": "heads", "Calibration": "heads", "attach": "heads", "detach": "heads", "convert": "heads",
+    "VQHead": "heads", "ExactHead": "heads", "Calibration": "heads",
+    "attach": "heads", "detach": "heads", "convert": "heads",
     "load_converted": "heads", "tie_floor": "heads", "tie_floor_min": "heads",
 }  # fmt: skip
 __all__ = [*_LAZY, "__version__"]
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .generation import generate
     from .heads import (
         Calibration,
+        ExactHead,
         VQHead,
         attach,
         convert,

@@ -4,6 +4,7 @@ from .attachment import attach, convert, converted_classes, detach, load_convert
 from .calibration import Calibration, Floors, Statistics
 from .clustering import Progress, kmeans
 from .evaluation import Figures, evaluate
+from .exact import ExactHead
 from .floors import tie_floor, tie_floor_min
 from .head import KINDS, DenseHead, Head
 from .quantised import Int4Head, Int8Head
@@ -11,7 +12,7 @@ from .refine import RefinedHead, ScreenedHead
 from .vq import VQHead
 
 __all__ = [
-    "KINDS", "Calibration", "DenseHead", "Figures", "Floors", "Head", "Int4Head", "Int8Head", "Progress", "RefinedHead",
-    "ScreenedHead", "Statistics", "VQHead", "attach", "convert", "converted_classes", "detach", "evaluate", "kmeans",
-    "load_converted", "recognise", "tie_floor", "tie_floor_min",
+    "KINDS", "Calibration", "DenseHead", "ExactHead", "Figures", "Floors", "Head", "Int4Head", "Int8Head", "Progress",
+    "RefinedHead", "ScreenedHead", "Statistics", "VQHead", "attach", "convert", "converted_classes", "detach",
+    "evaluate", "kmeans", "load_converted", "recognise", "tie_floor", "tie_floor_min",
 ]  # fmt: skip

@@ -46,7 +46,8 @@ class attach:  # noqa: N801, it reads as the verb it is
 
     The swap happens at the call. `with` undoes it at the end of the block, also after an error; where there is no
     block, `lp.detach(model)` does. Then the model has its own module again: the same object, tied to the input
-    embedding if it was. While a head is attached, `save_pretrained` and `resize_token_embeddings` are refused.
+    embedding if it was. While a head is attached, `save_pretrained` and `resize_token_embeddings` are refused, and
+    `generate` lets the head check the call (`Head.covering`).
 
     Raises ValueError when the model has another head already, when this one was made for another vocabulary,
     hidden size or model, and when the model does not take it.
@@ -114,7 +115,14 @@ def _refuse_resize(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError("This head was made for one vocabulary; resize the original model and fit a new head.")
 
 
-_WHILE_ATTACHED = {"save_pretrained": _refuse_save, "resize_token_embeddings": _refuse_resize}
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    with model.get_output_embeddings().covering(model, kwargs):
+        return type(model).generate(model, *args, **kwargs)
+
+
+_WHILE_ATTACHED = {
+    "save_pretrained": _refuse_save, "resize_token_embeddings": _refuse_resize, "generate": _generate,
+}  # fmt: skip
 
 
 # --- for good ---
@@ -184,6 +192,10 @@ def converted_classes(model_type: str) -> tuple[Any, Any]:
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
             super().save_pretrained(save_directory, *args, **kwargs)
             (Path(save_directory) / _CODE).write_text(_SOURCE.format(model_type=model_type), encoding="utf-8")
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            with self.get_output_embeddings().covering(self, kwargs):
+                return super().generate(*args, **kwargs)
 
         resize_token_embeddings = _refuse_resize
 

@@ -4,7 +4,9 @@ A head is described by plain numbers (`spec`), which give its tensors their shap
 the two, everything else follows: saving, loading, conversion, and what it costs.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -54,6 +56,11 @@ class Head(nn.Module):
         head = KINDS[kind](**spec)
         head.source = source
         return head
+
+    @contextlib.contextmanager
+    def covering(self, model: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Surrounds `model.generate(**kwargs)`: a head that proves only a part of its output checks the call here."""
+        yield
 
     def num_float_params(self) -> int:
         """Numbers that the head stores as floats; a token's code is an integer and not counted."""
