@@ -2,12 +2,13 @@
 
     python examples/train_pocket.py styles --data DATA --out runs/pocket
     python eval/study.py choose --styles runs/pocket/styles --out runs/study
+    python eval/study.py strength --styles runs/pocket/styles --out runs/study
     python eval/study.py report --styles runs/pocket/styles --out runs/study
 
 `choose` generates at a few strengths for every arm and one seed from the prompts on odd lines, and ranks the
-arms by the rule below. `report` takes the prompts on even lines and three seeds: the whole grid, sampled and
-greedy, for the printed rule and the default, a few strengths for their rivals. Both resume. `--model` takes any
-causal LM.
+arms by the rule below. `strength` looks closer at the chosen arm: the same prompts, three seeds. `report` takes
+the prompts on even lines and three seeds: the whole grid, sampled and greedy, for the printed rule and the
+default, a few strengths for their rivals. All resume. `--model` takes any causal LM.
 
 Fixed before the first run (specification of the method, section 6). A setting is admissible on a corpus if,
 against unsteered text of the same prompts and seeds, sampled at temperature 1 and top-p .9,
@@ -19,6 +20,12 @@ A setting collapses if geometric base perplexity is above 3 times that of unstee
 more than .10 above unsteered, or held-out style nats are above unsteered (lower end of the interval).
 The default is the arm that is admissible on most corpora at one strength and collapses nowhere on [0, 1],
 and of those the one with the largest mean gain in held-out style.
+
+The default strength, a rule written on 2026-11-25, before `strength` first ran: the largest of FINE at which
+the chosen arm, on the choosing half with three seeds, is admissible on all corpora and the upper end of the
+interval of the base difference, not just its mean, is within BASE_MARGIN; if there is none, the largest that is
+admissible on all corpora. The reason: by means of one seed, strength 1 passed the choosing half and then missed
+the margin on one corpus of the reporting half (2026-11-23).
 """
 
 import argparse
@@ -39,6 +46,7 @@ from logitproc.methods.ngram import OFF
 CORPORA = ("quixote", "headlines", "arxiv")
 GRID = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.00)
 COARSE = (0.1, 0.2, 0.3, 0.5, 1.0)
+FINE = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 TEMPERATURES = (0.7, 0.8, 0.9)
 SEEDS = (0, 1, 2)
 SAMPLE = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
@@ -66,7 +74,14 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {
     "ratio model": (3, {"rule": "ratio", "background": "model"}),
     "ratio neutral": (3, {"rule": "ratio", "background": "neutral"}),
     "ratio model keep.05": (3, {"rule": "ratio", "background": "model", "plausibility": 0.05}),
-    "guard alone": (3, {"rule": "backoff", "strength": 0.0, "guard": 0.8}),
+    "guard alone": (3, {"rule": "backoff", "strength": 0.0, "guard": 2.0}),
+    "prompt only": (3, {"rule": "backoff", "strength": 0.0}),
+}
+# What "prompt only" puts before each prompt; it is no part of the text that is scored.
+INSTRUCTIONS = {
+    "quixote": "Write in the style of Miguel de Cervantes, as in Don Quixote. ",
+    "headlines": "Write in the style of the headlines of a newspaper. ",
+    "arxiv": "Write in the style of the abstract of a scientific article. ",
 }
 DEFAULT = "backoff wb keep.01 guard2"  # what `choose` chose
 RIVALS = ["backoff wb"]
@@ -84,13 +99,14 @@ class Study:
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         self.styles, self.out, self.prompts = styles, out / Path(name).name, prompts
         self.benches = {corpus: self._bench(corpus) for corpus in CORPORA}
+        self.instructed = {corpus: self._bench(corpus, INSTRUCTIONS[corpus]) for corpus in CORPORA}
 
-    def _bench(self, corpus: str) -> Bench:
+    def _bench(self, corpus: str, instruction: str = "") -> Bench:
         from logitproc import NGramPrior
 
         style, held_out = self.prior(corpus, "train", 3), self.prior(corpus, "held-out", 3)
         return Bench(self.model, self.tokenizer, self.prompts, NGramPrior.load(style),
-                     NGramPrior.load(held_out), batch_size=len(self.prompts))  # fmt: skip
+                     NGramPrior.load(held_out), batch_size=len(self.prompts), instruction=instruction)  # fmt: skip
 
     def prior(self, corpus: str, part: str, order: int) -> str:
         """The folder of a fitted prior; "model" is fitted on the model's own samples."""
@@ -114,8 +130,9 @@ class Study:
             yield from self.tokenizer.batch_decode(out, skip_special_tokens=True)
 
     def cell(self, corpus: str, arm: str, strength: float, decoding: dict, seed: int) -> list[dict]:
-        """The rows of one cell; arm "unsteered" has no chain."""
-        if arm == "unsteered":
+        """The rows of one cell; the arms "unsteered" and "prompt only" have no chain."""
+        bench = self.instructed[corpus] if arm == "prompt only" else self.benches[corpus]
+        if arm in ("unsteered", "prompt only"):
             cell = Cell(arm, None, decoding, seed)
         else:
             order, parameters = ARMS[arm]
@@ -124,7 +141,7 @@ class Study:
             if "background" in spec:
                 spec["background"] = self.prior(spec["background"], "train", order)
             cell = Cell(f"{corpus} {arm} {strength:g}", [spec], decoding, seed)
-        return run_cell(self.benches[corpus], cell, self.out / corpus)
+        return run_cell(bench, cell, self.out / corpus)
 
     def table(self, corpus: str, arm: str, strength: float, decoding: dict, seeds: Iterable[int]) -> "Cells":
         rows = [row for seed in seeds for row in self.cell(corpus, arm, strength, decoding, seed)]
@@ -249,6 +266,17 @@ def ranking(result: dict) -> list[tuple[str, str, int, int, float]]:
     return sorted(rows, key=lambda r: (r[3] == 0, r[2], r[4]), reverse=True)
 
 
+def default_strength(by_corpus: dict[str, dict[str, dict]]) -> str | None:
+    """The strength that the second rule above chooses from {corpus: {strength: judgement}}; None if no one is."""
+    strengths = sorted(next(iter(by_corpus.values())), key=float)
+    admissible = [s for s in strengths if all(cells[s]["admissible"] for cells in by_corpus.values())]
+    safe = [
+        s for s in admissible
+        if all(cells[s]["difference"]["base_nll"]["high"] <= BASE_MARGIN for cells in by_corpus.values())
+    ]  # fmt: skip
+    return (safe or admissible or [None])[-1]
+
+
 def markdown(result: dict) -> str:
     """One table a corpus: base and held-out nats, their differences, rep-4, overlap, bigram seen, JS."""
     out = []
@@ -303,7 +331,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("choose", "report"))
+    parser.add_argument("stage", choices=("choose", "strength", "report"))
     parser.add_argument("--model", default="base")
     parser.add_argument("--styles", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -311,13 +339,19 @@ if __name__ == "__main__":
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="default: all, or the candidates")
     args = parser.parse_args()
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-    prompts = prompts[0::2] if args.stage == "choose" else prompts[1::2]
+    prompts = prompts[1::2] if args.stage == "report" else prompts[0::2]
     study = Study(args.model, args.styles, args.out, prompts)
     if args.stage == "choose":
         arms = args.arms or list(ARMS)
         document = {"sample": run(study, arms, COARSE, SEEDS[:1])}
         for arm, strength, corpora, collapses, gain in ranking(document["sample"])[:20]:
             print(f"{arm:24} {strength:>4}  admissible on {corpora}, {collapses} collapses, gain {gain:.2f}")
+    elif args.stage == "strength":
+        arms = args.arms or [DEFAULT]
+        document = {"sample": run(study, arms, FINE, SEEDS)}
+        print(markdown(document["sample"]))
+        for arm in arms:
+            print(f"{arm}: {default_strength({c: document['sample'][c][arm] for c in CORPORA})}")
     else:
         arms = args.arms or ["paper", DEFAULT]
         document = {

@@ -71,13 +71,15 @@ class Cell:
 class Bench:
     """What all cells of a study share: the model, the prompts, the priors that judge, the length of a text.
 
+    An `instruction` stands before every prompt when text is generated, and not when it is scored.
+
     Raises ValueError when a prior belongs to another tokenizer or the style prior holds no counts, for an
     empty or too long prompt, and for lengths that contradict each other.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, prompts: Sequence[str], style: NGramPrior, held_out: NGramPrior, *,
-        max_new_tokens: int = 96, min_new_tokens: int | None = None, batch_size: int = 20,
+        max_new_tokens: int = 96, min_new_tokens: int | None = None, batch_size: int = 20, instruction: str = "",
     ):  # fmt: skip
         from logitproc.scoring import max_context
 
@@ -94,9 +96,11 @@ class Bench:
             raise ValueError("The style prior was imported from ARPA; its score P_mix needs one with counts.")
         for prior in (style, held_out):
             prior.check_tokenizer(tokenizer)
+        self.instruction = instruction
         self.encoded: list[list[int]] = [tokenizer(text)["input_ids"] for text in self.prompts]
+        self.asked: list[list[int]] = [tokenizer(instruction + text)["input_ids"] for text in self.prompts]
         room = (max_context(model) or math.inf) - max_new_tokens
-        for text, ids in zip(self.prompts, self.encoded, strict=True):
+        for text, ids in zip(self.prompts, self.asked, strict=True):
             if not 1 <= len(ids) <= room:
                 raise ValueError(
                     f"The prompt {text[:40]!r} has {len(ids)} tokens; beside {max_new_tokens} new ones the "
@@ -126,6 +130,7 @@ class Bench:
             "min_new_tokens": self.min_new_tokens,
             "batch_size": self.batch_size,  # the prompts of a batch draw from one stream of random numbers
             "prompts": self.prompts,
+            "instruction": self.instruction,
         }
 
 
@@ -186,8 +191,8 @@ def _generate(bench: Bench, cell: Cell, chain: "Chain") -> list[list[int]]:
     if settings["do_sample"]:
         settings["top_k"] = 0
     texts = []
-    for start in range(0, len(bench.encoded), bench.batch_size):
-        batch = bench.encoded[start : start + bench.batch_size]
+    for start in range(0, len(bench.asked), bench.batch_size):
+        batch = bench.asked[start : start + bench.batch_size]
         width = max(map(len, batch))
         # A batch's random numbers depend on the seed and its place only: cells run in any order, and the
         # same draws serve every cell, which makes their differences less noisy.

@@ -11,12 +11,12 @@ import speed  # noqa: E402
 import study  # noqa: E402
 
 
-def cells(base, held_out, rep=0.0, prompts=20):
+def cells(base, held_out, rep=0.0, prompts=20, spread=0.05):
     """Rows of 20 prompts, two seeds each, that scatter a little around the given means."""
     rng = np.random.default_rng(0)
     other = dict.fromkeys(("style_nll", "style_kn_nll", "js", "overlap", "bigram_seen", "distinct_2"), 0.1)
     return study.Cells([
-        {"line": line, "base_nll": base + 0.05 * rng.normal(), "held_out_nll": held_out + 0.05 * rng.normal(),
+        {"line": line, "base_nll": base + spread * rng.normal(), "held_out_nll": held_out + 0.05 * rng.normal(),
          "rep_4": rep, **other}
         for line in range(1, prompts + 1) for _ in range(2)
     ])  # fmt: skip
@@ -41,6 +41,25 @@ PLAIN, CONTROLS = cells(4.4, 7.5), [cells(4.0, 7.2), cells(3.6, 6.8), cells(3.2,
 def test_a_setting_is_judged_by_the_rule_fixed_before_the_run(setting, admissible, collapse):
     verdict = study.judge(setting, PLAIN, CONTROLS)
     assert (verdict["admissible"], verdict["collapse"]) == (admissible, collapse)
+
+
+@pytest.mark.parametrize(
+    "base, chosen",
+    [
+        ([4.2, 4.2, 4.2], "1"),
+        ([4.2, 4.2, 4.48], "0.5"),  # admissible by its mean, but not surely within the margin
+        ([4.48, 4.2, 4.6], "0.5"),
+        ([4.48, 4.48, 4.6], "0.5"),  # none is sure
+        ([4.6, 4.6, 4.6], None),
+    ],
+)
+def test_the_default_strength_keeps_the_margin_on_all_corpora_with_its_interval(base, chosen):
+    judged = {
+        s: study.judge(cells(b, 6.0, spread=0.2), PLAIN, CONTROLS)
+        for s, b in zip(("0.1", "0.5", "1"), base, strict=True)
+    }
+    easy = {s: study.judge(cells(4.2, 6.0), PLAIN, CONTROLS) for s in judged}
+    assert study.default_strength({"one": easy, "other": judged}) == chosen
 
 
 def test_seeds_are_averaged_inside_a_prompt():
