@@ -46,7 +46,7 @@ from logitproc.methods.ngram import OFF
 CORPORA = ("quixote", "headlines", "arxiv")
 GRID = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.00)
 COARSE = (0.1, 0.2, 0.3, 0.5, 1.0)
-FINE = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+FINE = (0.5, 0.7, 0.9, 1.0)
 TEMPERATURES = (0.7, 0.8, 0.9)
 SEEDS = (0, 1, 2)
 SAMPLE = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}

@@ -94,7 +94,8 @@ def _processed(
             continue
         for at in wanted[:, start:stop].nonzero().split(max_rows):
             b, k = at.unbind(1)
-            rows_of, base = histories(texts, b, k + start, chain.context), logits[b, k + start]
+            rows_of = histories(texts, b, k + start, chain.context)
+            base = logits.flatten(0, 1).index_select(0, b * length + k + start)
             yield b, k + start, base, chain.apply(rows_of, base, counts[b, k], asks(heard, (b, k), width))
 
 

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 BY_RULE: Any = None
 SPARSE = ("paper", "lift")  # the rules that leave most tokens alone
-LOWEST = -50.0  # ln of a probability that rounds to 0: a bias steers, it does not forbid
+LOWEST = -22.0  # ln of a probability that rounds to 0: a bias steers, it does not forbid, and exp(4 * 22) is finite
 FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 
 
@@ -245,13 +245,14 @@ def plausible_part(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
 
 
 def keep_mass(scores: Tensor, bias: Tensor, p: Tensor) -> Tensor:
-    """scores + bias - ln E_p[exp(bias)] where p > 0, scores elsewhere, so that set keeps its probability.
+    """scores + bias - ln E_p[exp(bias)] where p > 0, scores elsewhere: that set of tokens keeps its probability.
 
-    p [rows, width] is proportional to the distribution of the scores over the set, all zero where that is empty.
+    p [rows, width] is proportional to the distribution of the scores over the set, all zero where that is
+    empty. A constant in a row of the bias makes no difference. Overwrites bias and p: few passes are the point.
     """
-    shift = (bias.exp().mul_(p).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)).log().nan_to_num_()
-    change = (bias - shift).mul_(p.ceil())  # rounded up, p is 1 in the set and 0 outside
-    return change.add_(scores)
+    shift = (torch.linalg.vecdot(bias.exp(), p) / p.sum(-1)).log().nan_to_num_()[:, None]
+    inside = p.ceil_()  # 1 in the set, 0 outside
+    return bias.sub_(shift).mul_(inside).add_(scores)
 
 
 def loop_guard(scores: Tensor, tokens: Tensor, factor: float, base: float, allowed: int, cap: float) -> Tensor:
@@ -271,7 +272,7 @@ def loop_guard(scores: Tensor, tokens: Tensor, factor: float, base: float, allow
     for back in range(longest - 1, -1, -1):
         start = longest - 1 - back
         match = (match + 1) * (earlier[:, start : start + length] == newest[:, -1 - back, None])
-    nats = (factor * base ** (match.float() - allowed)).clamp(max=cap)
+    nats = ((match.float() - allowed) * math.log(base)).exp_().mul_(factor).clamp_(max=cap)
     following = tokens[:, 1:]
     penalised = (match >= allowed) & (following >= 0) & (following < scores.shape[1])
     following, nats = torch.where(penalised, following, 0), torch.where(penalised, nats, 0.0)
@@ -386,8 +387,7 @@ class NGramStyleLogitsProcessor(Processor):
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
         self.context = None if self.guard else self._reach
-        # No option that needs the bias of every token.
-        self._plain = not self.plausibility and self.clip is None and self._schedule != "budget"
+        self._bounded = self.clip is not None or self._schedule == "budget"
         self._placed: dict[tuple[torch.device, int], Any] = {}  # tables for the device and width last seen
     @classmethod
     def example(cls, width: int) -> Self:
@@ -428,12 +428,13 @@ class NGramStyleLogitsProcessor(Processor):
         elif self._schedule == "entropy":
             entropy = torch.special.entr(scores.softmax(-1)).sum(-1, keepdim=True)
             bias = bias.times((entropy / math.log(scores.shape[1])).nan_to_num_())
-        if self.rule in SPARSE and self._plain:
+        plain = not self.plausibility and not self._bounded
+        if plain and self.rule in SPARSE:
             return bias.added_to(scores)
         p = plausible_part(scores, self.plausibility, barred) if self.plausibility else scores.softmax(-1)
-        if self.rule not in SPARSE:
+        if self.rule not in SPARSE and (plain or self._bounded):  # `keep_mass` alone sees no constant
             bias = bias.centred(p)
-        if self._plain:
+        if plain:
             return bias.added_to(scores, out=p)
         change = bias.dense()
         if self.clip is not None:
