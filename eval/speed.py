@@ -1,7 +1,7 @@
 """What a method costs: every figure beside its baseline, both measured in turns in the same run.
 
     python eval/speed.py                                    steps, chains, generation, scoring
-    python eval/speed.py --fit corpus.txt                   counting a corpus, too
+    python eval/speed.py --fit corpus.txt --megabytes 100   counting a corpus, and nothing else
     python eval/speed.py --json speed.json
 
 Ratios are what to read; microseconds belong to this machine on this day. Scores are random normal numbers, in
@@ -15,7 +15,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def spread_prior(vocabulary: int) -> Any:
         oldest = new[o.oldest] if orders else o.oldest
         keys = o.parent * (vocabulary + 2) + oldest if orders else o.keys
         orders.append(Order(keys, o.parent, oldest, o.indptr, new[o.ids]))
-    about = prior.tokenizer | {"vocab_size": vocabulary, "special": [], "bos": None,
-                               "eos": int(new[prior.tokenizer["eos"]])}  # fmt: skip
+    about = prior.tokenizer | {"vocab_size": vocabulary, "special": new[prior.tokenizer["special"]].tolist(),
+                               "bos": None, "eos": int(new[prior.tokenizer["eos"]])}  # fmt: skip
     return NGramPrior(about, orders, prior.counts, documents=prior.documents, tokens=prior.tokens)
 
 
@@ -215,18 +215,19 @@ def whole_jobs(device: str) -> list[dict]:
     model = AutoModelForCausalLM.from_pretrained(lp.pocket("base"), dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
     rows = []
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, tokenizer.vocab_size, (4, 8, 513), generator=generator)
+    torch.manual_seed(0)  # what is scored is text of the model itself
+    start = torch.full((32, 1), tokenizer.bos_token_id, device=device)
+    ids = model.generate(start, do_sample=True, top_k=0, min_new_tokens=512, max_new_tokens=512).view(4, 8, 513)
     prompt = tokenizer(["The road was long"] * 8, return_tensors="pt").to(device)
     for rule in ("lift", "backoff"):
         chain = lp.Chain.from_spec([{"name": "ngram", "prior": "quixote", "rule": rule}])
 
         def bare(i: int) -> None:
             with torch.no_grad():
-                model(input_ids=ids[i % 4, :, :-1].to(device), use_cache=False)
+                model(input_ids=ids[i % 4, :, :-1], use_cache=False)
 
         def scored(i: int, chain: Any = chain) -> None:
-            score_tokens(model, chain, ids[i % 4].to(device), divergence=False)
+            score_tokens(model, chain, ids[i % 4], divergence=False)
 
         def generated(i: int, chain: Any) -> None:
             torch.manual_seed(i)
@@ -240,21 +241,55 @@ def whole_jobs(device: str) -> list[dict]:
     return rows
 
 
-def fit(corpus: Path) -> dict[str, float]:
-    """Count a corpus at order 3 with the bundled tokenizer: seconds, tokens a second, peak memory."""
+def documents_of(corpus: Path, megabytes: float) -> Iterator[str]:
+    """The lines of a file, again and again until so many megabytes are read: in pass r > 0 the second half of
+    each line is that of another line, r * 1,000 lines before, so that text goes on bringing new n-grams."""
+    from collections import deque
+
+    size, passes = 0, 0
+    while True:
+        ends: deque[str] = deque(maxlen=1000 * passes or 1)
+        with corpus.open(encoding="utf-8") as file:
+            for line in file:
+                half = line.find(" ", len(line) // 2) + 1
+                text = line[:half] + ends[0] if passes and ends else line
+                ends.append(line[half:])
+                size += len(text.encode())
+                yield text
+                if size >= megabytes * 1e6:
+                    return
+        passes += 1
+
+
+def fit(corpus: Path, megabytes: float) -> dict[str, float]:
+    """Count a corpus at order 3 with the bundled tokenizer: seconds, tokens a second, peak memory.
+
+    `counted` is the peak until the prior is on the disk; the rest is that of reading it, which holds all of it.
+    """
+    import tempfile
+
     from transformers import AutoTokenizer
 
-    import logitproc as lp
+    from logitproc import NGramPrior, bundled
 
-    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    prior = lp.NGramPrior.fit(corpus, tokenizer, order=3, sample_by="line")
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"megabytes": corpus.stat().st_size / 1e6, "tokens": prior.tokens, "seconds": seconds,
-            "tokens_per_second": prior.tokens / seconds, "peak_gigabytes": peak / 1e6,
-            "peak_gigabytes_before": before / 1e6}  # fmt: skip
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+    class Unread(NGramPrior):
+        @classmethod
+        def load(cls, folder: Any, base: Any = None) -> Any:
+            return peak()
+
+    tokenizer, before = AutoTokenizer.from_pretrained(bundled.pocket("base")), peak()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        counted = Unread.fit(documents_of(corpus, megabytes), tokenizer, order=3, out=f"{folder}/prior")
+        on_disk = time.perf_counter() - start
+        prior = NGramPrior.load(f"{folder}/prior")
+        seconds = time.perf_counter() - start
+    return {"megabytes": megabytes, "tokens": prior.tokens, "n_grams": sum(len(o.ids) for o in prior.orders),
+            "seconds": seconds, "seconds_to_disk": on_disk, "tokens_per_second": prior.tokens / seconds,
+            "gigabytes_before": before, "gigabytes_counted": counted, "gigabytes_read": peak()}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
@@ -283,6 +318,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--fit", type=Path, metavar="CORPUS", help="a text file, one document a line")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--megabytes", type=float, default=100.0, help="how much of it, read again where it is less")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     import torch
@@ -293,12 +329,13 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "device": args.device, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    if args.fit:  # first, so that the peak of memory is its own
-        document["fit"] = fit(args.fit)
+    if args.fit:
+        document["fit"] = fit(args.fit, args.megabytes)
         print("fit: " + ", ".join(f"{k} {v:,.2f}" for k, v in document["fit"].items()))
-    with torch.inference_mode():
-        document["rows"] = [row for part in args.parts for row in PARTS[part](args.device)]
-    print(table(document["rows"]))
+    else:
+        with torch.inference_mode():
+            document["rows"] = [row for part in args.parts for row in PARTS[part](args.device)]
+        print(table(document["rows"]))
     if args.json:
         write_text(args.json, json.dumps(document, indent=1) + "\n")
 

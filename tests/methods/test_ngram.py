@@ -562,6 +562,17 @@ def test_a_full_disk_during_a_fit_leaves_no_prior_and_what_was_counted(tokenizer
     assert not (tmp_path / "prior").exists() and (tmp_path / "prior.partial").is_dir()
 
 
+def test_a_fit_counts_what_the_tokenizer_gives(tokenizer):
+    words = [w for w in tokenizer.get_vocab() if w.startswith("w")]
+    texts = [" ".join(np.random.default_rng(seed).choice(words, 300)) for seed in range(5)]
+    tokenizer(texts, truncation=True, max_length=4, padding=True)  # leaves its mark on a fast tokenizer
+    fitted = lp.NGramPrior.fit(texts, tokenizer)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    counted = lp.NGramPrior.from_ids(ids, 3, fitted.vocab_size, fitted.tokenizer["eos"])
+    for ours, theirs in zip(fitted.counts, counted.counts, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_bad_input_leaves_nothing_behind(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     for corpus in (tmp_path / "empty.txt", tmp_path / "missing.txt", []):
