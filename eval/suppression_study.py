@@ -152,18 +152,18 @@ def arms() -> dict[str, list[dict[str, Any]]]:
     at = lambda t, *rules: {"T": t, "rules": list(rules)}
     return {
         "temperature": [{"T": t} for t in (0.3, 0.7, 1.0, 1.3)],
-        "frequency": [{"T": 0.7, "frequency": a} for a in (1.0, 2.0)],
-        "min-p": [{"T": t, "min_p": 0.1} for t in (1.0, 1.5, 2.0)],
+        "frequency": [{"T": 0.7, "frequency": 2.0}],
+        "min-p": [{"T": t, "min_p": 0.1} for t in (1.0, 2.0)],
         "xtc": [{"T": t, "xtc": 0.1} for t in (0.7, 1.0)],
         "paper": [at(0.7, {"rule": "paper", "strength": s}) for s in (2.5, 7.5)],
         "paper exempt": [at(0.7, {"rule": "paper", "exempt": True, "strength": 7.5})],
         "paper signs": [at(t, {"rule": "paper"}) for t in (0.3, 1.3)],
-        "ratio": [at(0.7, ratio | {"strength": s}) for s in (1.0, 2.0, 4.0)],
-        "ratio common": [at(0.7, ratio | {"scope": "common", "strength": s}) for s in (2.0, 4.0)],
-        "ratio label": [at(0.7, ratio | {"scope": "label", "strength": s}) for s in (2.0, 4.0)],
-        "ratio 1, T": [at(t, ratio | {"strength": 1.0}) for t in (1.0, 1.3)],
-        "dry": [at(0.7, dry | {"strength": s}) for s in (1.0, 3.0)],
-        "dry 3, T": [at(t, dry | {"strength": 3.0}) for t in (1.0, 1.3)],
+        "ratio": [at(0.7, ratio | {"strength": s}) for s in (1.0, 4.0)],
+        "ratio common": [at(0.7, ratio | {"scope": "common", "strength": s}) for s in (4.0,)],
+        "ratio label": [at(0.7, ratio | {"scope": "label", "strength": s}) for s in (4.0,)],
+        "ratio 1, T": [at(t, ratio | {"strength": 1.0}) for t in (1.0,)],
+        "dry": [at(0.7, dry | {"strength": s}) for s in (3.0,)],
+        "dry 3, T": [at(t, dry | {"strength": 3.0}) for t in (1.0,)],
         "ratio + dry": [at(t, ratio | {"strength": 2.0}, dry | {"strength": 3.0}) for t in (0.7, 1.0)],
     }
 
@@ -230,8 +230,9 @@ class Study:
         if "xtc" in setting:
             warpers.append(XTC(0.5, setting["xtc"], self.tokenizer.eos_token_id, generator))
         made: dict[str, list[list[int]]] = {label: [] for label in self.task.labels}
-        n = ITEMS // ROUNDS // len(made)
-        for number in range(ROUNDS):
+        rounds = ROUNDS if "rules" in setting else 1
+        n = ITEMS // rounds // len(made)
+        for number in range(rounds):
             frozen = ledger.view()
             for label, rows in made.items():
                 chain = lp.Chain(self.processors(setting, frozen, label))
