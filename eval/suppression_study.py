@@ -478,8 +478,9 @@ def with_plain(family: str, settings: list[dict[str, Any]]) -> list[dict[str, An
     return [{"T": 0.7}, *settings] if starts else settings
 
 
-def curves(judge: Judge, seeds: Sequence[int]) -> dict[str, Curve]:
-    return {family: Curve(judge, with_plain(family, s), seeds) for family, s in arms().items()}
+def curves(judge: Judge, seeds: Sequence[int], families: Iterable[str] | None = None) -> dict[str, Curve]:
+    """Of all families, or of some."""
+    return {f: Curve(judge, with_plain(f, s), seeds) for f, s in arms().items() if families is None or f in families}
 
 
 def choose(judges: list[Judge]) -> dict[str, Any]:
@@ -502,7 +503,8 @@ def choose(judges: list[Judge]) -> dict[str, Any]:
 def report(judges: list[Judge], chosen: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     result: dict[str, Any] = {"chosen": chosen, "tasks": {}}
     for judge in judges:
-        found = curves(judge, seeds)
+        rivals = set(chosen["baselines"][judge.study.name].values())
+        found = curves(judge, seeds, {"temperature", "paper", "paper signs", chosen["default"], *rivals})
         default, paper = found[chosen["default"]], found["paper"]
         verdicts = {}
         for axis in DIVERSITY:
@@ -512,6 +514,7 @@ def report(judges: list[Judge], chosen: dict[str, Any], seeds: Sequence[int]) ->
         result["tasks"][judge.study.name] = {
             "oracles": judge.oracle_accuracy(), "verdicts": verdicts, "signs": signs(judge, seeds),
             "table": {family: rows(curve) for family, curve in found.items()},
+            "choosing": {family: rows(curve) for family, curve in curves(judge, [0]).items()},
         }  # fmt: skip
     return result
 
@@ -549,17 +552,9 @@ def signs(judge: Judge, seeds: Sequence[int]) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     out = []
     for name, task in result["tasks"].items():
-        out += [f"\n**{name}** (oracles on real test data: {', '.join(f'{x:.1%}' for x in task['oracles'])})\n",
-                "| family | setting | Vendi | distinct-3 | remote-clique | distance to real | label accuracy "
-                "| base nats | student | student, relabelled |", "|---" * 10 + "|"]  # fmt: skip
-        for family, settings in task["table"].items():
-            for setting, f in settings.items():
-                out.append(
-                    f"| {family} | {setting} | {f['vendi']:.0f} | {f['distinct_3']:.3f} | {f['remote_clique']:.4f} "
-                    f"| {f['distance_to_real']:.4f} | {f['accuracy']:.1%} | {f['nats']:.2f} | {f['student']:.1%} "
-                    f"| {f['student_relabelled']:.1%} |"
-                )
-        out += ["\n| at equal diversity | reached | label accuracy, points | base nats |", "|---" * 4 + "|"]
+        out += [f"\n**{name}** (oracles on real test data: {', '.join(f'{x:.1%}' for x in task['oracles'])})\n"]
+        out += ["Seed 0\n", *_table(task["choosing"]), "\nSeeds 1 and 2\n", *_table(task["table"])]
+        out += ["\n| at equal diversity | at | label accuracy, points | base nats |", "|---" * 4 + "|"]
         for what, v in task["verdicts"].items():
             a, n = [100 * x for x in v["accuracy"]], v["nats"]
             where = f"{v['diversity']:.3g}" + ("" if v["reaches"] else ", below the paper's")
@@ -575,19 +570,34 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
+def _table(families: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    lines = ["| family | setting | Vendi | distinct-3 | remote-clique | distance to real | label accuracy "
+             "| base nats | student | student, relabelled |", "|---" * 10 + "|"]  # fmt: skip
+    for family, settings in families.items():
+        for setting, f in settings.items():
+            lines.append(
+                f"| {family} | {setting} | {f['vendi']:.0f} | {f['distinct_3']:.3f} | {f['remote_clique']:.4f} "
+                f"| {f['distance_to_real']:.4f} | {f['accuracy']:.1%} | {f['nats']:.2f} | {f['student']:.1%} "
+                f"| {f['student_relabelled']:.1%} |"
+            )
+    return lines
+
+
 COLORS = ("0.45", "tab:olive", "tab:brown", "tab:pink", "tab:red", "tab:orange", "gold", "black", "tab:blue",
           "tab:cyan", "deepskyblue", "tab:green", "limegreen", "tab:purple")  # fmt: skip
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Label accuracy against diversity, a panel for each task and diversity, a line for each family."""
+    """Label accuracy against diversity, a panel for each task and diversity, a line for each family (of seeds
+    1 and 2 where it has them, else of seed 0)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.2 * len(result["tasks"])), dpi=110, layout="constrained")
     panels = figure.subplots(len(result["tasks"]), 2, squeeze=False)
     for row, (name, task) in zip(panels, result["tasks"].items(), strict=True):
         for panel, (axis, title) in zip(row, DIVERSITY.items(), strict=True):
-            for color, (family, settings) in zip(COLORS, task["table"].items(), strict=True):
+            for color, (family, settings) in zip(COLORS, task["choosing"].items(), strict=True):
+                settings = task["table"].get(family, settings)
                 points = [(f[axis], f["accuracy"]) for f in settings.values()]
                 line = "none" if family == "paper signs" else "--" if family in BASELINES else "-"
                 thick = 2.4 if family in ("paper", result["chosen"]["default"]) else 1.2
