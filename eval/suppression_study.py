@@ -615,13 +615,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=tuple(TASKS), nargs="+", default=list(TASKS), help="tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of `make`")
+    parser.add_argument("--families", choices=tuple(arms()), nargs="+", default=list(arms()), help="of `make`")
     args = parser.parse_args()
     studies = [Study(name, args.tasks, args.out) for name in args.only]
     if args.stage == "adapt":
         adapt(studies)
     elif args.stage == "make":
-        for seed, study, (family, settings) in itertools.product(args.seeds, studies, arms().items()):
-            for setting in with_plain(family, settings):
+        for seed, study, family in itertools.product(args.seeds, studies, args.families):
+            for setting in with_plain(family, arms()[family]):
                 study.cell(setting, seed)
     elif args.stage == "choose":
         chosen = choose([Judge(study) for study in studies])
