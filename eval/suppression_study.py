@@ -245,7 +245,7 @@ class Study:
     def processors(self, setting: dict[str, Any], ledger: lp.TokenLedger, label: str) -> list[lp.Processor]:
         found: list[lp.Processor] = [FrequencyPenalty(setting["frequency"])] if "frequency" in setting else []
         for rule in setting.get("rules", []):
-            options = rule | {"label": label}
+            options = {"scope": "global"} | rule | {"label": label}
             if options.pop("exempt", False):
                 options["exempt"] = self.exempt
             if rule["rule"] == "ratio":

@@ -11,17 +11,18 @@ tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
 inputs = tokenizer([PROMPT] * 20, return_tensors="pt")
 sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 24}
 
-for rule in (None, "paper"):
+reference = lp.NGramPrior.load("quixote")  # shares of real text; yours: logitproc fit ngram --order 1
+for rule, options in {"plain": None, "paper": {}, "ratio": {"reference": reference}}.items():
     set_seed(0)
     ledger = lp.TokenLedger(tokenizer)  # grows between generations; a processor sees it as it was when made
     for number in range(ROUNDS):
-        processors = [lp.SuppressionLogitsProcessor(ledger, rule=rule)] if rule else []
-        output = lp.generate(model, lp.Chain(processors), tokenizer=tokenizer, **inputs, **sampling)
+        suppress = [] if options is None else [lp.SuppressionLogitsProcessor(ledger, rule=rule, **options)]
+        output = lp.generate(model, lp.Chain(suppress), tokenizer=tokenizer, **inputs, **sampling)
         ledger.update(output[:, inputs["input_ids"].shape[1] :], round=number)
     counts = ledger.counts()
-    print(f"{rule or 'plain'}: {(counts > 0).sum()} different tokens of {counts.sum()}, for example:")
+    print(f"{rule}: {(counts > 0).sum()} different tokens of {counts.sum()}, for example:")
     for text in tokenizer.batch_decode(output[:3], skip_special_tokens=True):
         print("  ", *text.split())
 
 ledger.save(FOLDER)
-print(f'Go on: logitproc generate --prompt "{PROMPT}" --do-sample --proc suppression:rule=paper,ledger={FOLDER}')
+print(f'Go on: logitproc generate --prompt "{PROMPT}" --do-sample --proc suppression:reference=quixote,ledger={FOLDER}')

@@ -49,8 +49,8 @@ def test_the_steering_example_runs(folder):
 
 def test_the_diversity_example_runs_and_its_ledger_serves_the_command_line(folder):
     output = run(folder, sys.executable, str(ROOT / "examples/diversify.py"))
-    plain, paper = (int(n) for n in re.findall(r"(\d+) different tokens", output))
-    assert paper > plain
+    plain, paper, ratio = (int(n) for n in re.findall(r"(\d+) different tokens", output))
+    assert paper > plain and ratio > plain
     command = shlex.split(output.splitlines()[-1].partition(": ")[2])
     assert "The captain looked at" in run(folder, sys.executable, "-m", "logitproc.cli", *command[1:])
 

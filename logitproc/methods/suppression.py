@@ -34,11 +34,11 @@ from ..registry import register
 
 Rule = Literal["paper", "ratio", "dry"]
 Scope = Literal["global", "label", "common"]
-# What a parameter left out (None) becomes.
-DEFAULTS: dict[str, dict[str, float]] = {
-    "paper": {"strength": 7.5, "cap": 7.5},
-    "ratio": {"strength": 1.0, "cap": 7.5},
-    "dry": {"strength": 0.8, "cap": 10.0},
+# What a parameter left out (None) becomes. `ratio`: chosen by `eval/suppression_study.py`, see eval/RESULTS.md.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "paper": {"strength": 7.5, "cap": 7.5, "scope": "global"},
+    "ratio": {"strength": 4.0, "cap": 7.5, "scope": "common"},
+    "dry": {"strength": 0.8, "cap": 10.0, "scope": "global"},
 }
 BY_RULE: Any = None
 
@@ -240,14 +240,15 @@ class SuppressionLogitsProcessor(Processor):
     returns the scores bit for bit. Special tokens, `exempt` ones and columns beyond the vocabulary keep
     their scores.
 
-    strength and cap that are left out are the rule's own (`DEFAULTS`).
+    strength, cap and scope that are left out are the rule's own (`DEFAULTS`).
 
     Parameters:
         ledger: what was generated, or its folder. The rule "dry" needs one that keeps texts.
         rule: "paper", "ratio" or "dry".
         label: of the rows that are generated now, one for all.
         scope: "global": what was generated for any label; "label": for `label`; "common": the least penalty
-            that any label's counts ask for, which spares what marks a label (not for "dry").
+            that any label's counts ask for, which spares what marks a label and, without labels, is the same as
+            "global" (not for "dry").
         strength: nats per percent of the text ("paper"), per e-fold of over-use ("ratio"), or for a match of
             `length` tokens ("dry").
         cap: bound on the penalty, nats.
@@ -279,9 +280,9 @@ class SuppressionLogitsProcessor(Processor):
     """
 
     ledger: TokenLedger
-    rule: Rule = "paper"
+    rule: Rule = "ratio"
     label: str | None = None
-    scope: Scope = "global"
+    scope: Scope = BY_RULE
     strength: float = BY_RULE
     cap: float = BY_RULE
     reference: NGramPrior | None = None
@@ -300,10 +301,10 @@ class SuppressionLogitsProcessor(Processor):
 
     def __post_init__(self) -> None:
         one_of("rule", self.rule, get_args(Rule))
-        one_of("scope", self.scope, get_args(Scope))
         for key, value in DEFAULTS[self.rule].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
+        one_of("scope", self.scope, get_args(Scope))
         for key, low in (("strength", 0), ("cap", 0), ("shrinkage", 0), ("length", 1), ("min_items", 1),
                          ("base", 1), ("temperature", 1e-3), ("longest", self.length)):  # fmt: skip
             in_range(key, getattr(self, key), low, math.inf)
@@ -338,21 +339,20 @@ class SuppressionLogitsProcessor(Processor):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        return cls(_example_ledger(width))
+        return cls(_example_ledger(width), reference=_example_reference(width))
 
     @classmethod
     def neutral(cls, width: int) -> Self:
-        return cls(_example_ledger(width), strength=0.0)
+        return cls(_example_ledger(width), reference=_example_reference(width), strength=0.0)
 
     @classmethod
     def variants(cls, width: int) -> dict[str, Processor]:
-        ledger = _example_ledger(width)
-        real = [text.tolist() for text in ledger.texts("b")]
-        reference = NGramPrior.from_ids(real, order=1, vocab_size=width)
+        ledger, reference = _example_ledger(width), _example_reference(width)
         return {
+            "default": cls.example(width),
             "paper": cls(ledger, rule="paper", top=4, temperature=0.7, exempt=(5,)),
             "paper-common": cls(ledger, rule="paper", scope="common", top=None),
-            "ratio": cls(ledger, rule="ratio", reference=reference, label="a", scope="label", shrinkage=5.0),
+            "ratio-label": cls(ledger, reference=reference, label="a", scope="label", shrinkage=5.0),
             "dry": cls(ledger, rule="dry", length=1, longest=3, min_items=1, breakers=(4,)),
             "dry-label": cls(ledger, rule="dry", length=1, longest=5, label="a", scope="label", anchor=False),
         }
@@ -420,3 +420,8 @@ def _example_ledger(width: int) -> TokenLedger:
     for label in ("a", "b"):
         ledger.update((3 + np.minimum(rng.zipf(1.5, (40, 30)), 9)) % width, label)
     return ledger
+
+
+@functools.cache
+def _example_reference(width: int) -> NGramPrior:
+    return NGramPrior.from_ids([list(range(1, width))], order=1, vocab_size=width)

@@ -150,10 +150,11 @@ def test_scopes_pool_keep_apart_or_take_the_least():
     made = ledger([[10] * 50 + [11] * 50], "a")
     made.update([[10] * 50 + [12] * 50], "b")
     real = reference([list(range(3, WIDTH))])
-    settings = {"rule": "ratio", "reference": real, "shrinkage": 0.0, "cap": 100.0}
-    pooled = bias(Suppression(made, **settings))
+    settings = {"reference": real, "shrinkage": 0.0, "strength": 1.0, "cap": 100.0}
+    pooled = bias(Suppression(made, **settings, scope="global"))
     own = bias(Suppression(made, **settings, scope="label", label="a"))
-    common = bias(Suppression(made, **settings, scope="common"))
+    common = bias(Suppression(made, **settings))
+    assert Suppression(made, **settings).scope == "common", "the default of ratio"
     assert pooled[[10, 11, 12]].lt(0).all()
     assert own[[10, 11]].lt(0).all() and own[12] == 0
     assert common[10] < 0 and not common[[11, 12]].any(), "what marks a label is spared"
