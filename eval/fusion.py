@@ -16,8 +16,8 @@ Fixed before the first run:
     within a document. Intervals are 95 % paired bootstrap over documents, 2,000 draws.
   - A beats B on a task if the upper end of the interval of loss(A) - loss(B) is below 0. A falls below the host if
     the lower end of that of loss(A) - loss(host) is above 0.
-  - Closure is (host - A) / (host - ceiling) in loss; the paper's figure is the ratio ceiling / A in loss, A /
-    ceiling in accuracy.
+  - Closure is (host - A) / (host - ceiling) in loss, the ceiling being the host fine-tuned on that task, also where
+    all experts are there; the paper's figure is the ratio ceiling / A in loss, A / ceiling in accuracy.
   - The default for one expert is the mode with the largest mean closure over the tasks on dev, among those that do
     not fall below the host on one; the default for several likewise, in the setting where all experts are there and
     nobody says which task it is.
@@ -185,7 +185,7 @@ class Study:
         self.load = lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def model(self, kind: str, name: str, seed: int) -> Path:
-        """The folder of a fine-tuned model; `name` is a task, or "all" of them."""
+        """The folder of a model fine-tuned on a task, or on "all"."""
         folder = self.out / "models" / f"{kind} {name} {seed}"
         if not folder.exists():
             chosen = list(self.tasks.values()) if name == "all" else [self.tasks[name]]
@@ -272,8 +272,8 @@ def _note(
 class Judge:
     """Cells of one task and setting: seeds averaged within a document, differences by paired bootstrap."""
 
-    def __init__(self, cells: list[dict[str, Any]], ceiling: str):
-        self.tokens, self.ceiling = np.array(cells[0]["tokens"]), ceiling
+    def __init__(self, cells: list[dict[str, Any]]):
+        self.tokens = np.array(cells[0]["tokens"])
         mean = lambda arm, key: np.mean([cell["arms"][arm][key] for cell in cells], 0)
         self.nll = {arm: mean(arm, "nll") for arm in cells[0]["arms"]}
         self.kl = {arm: mean(arm, "kl") for arm in cells[0]["arms"]}
@@ -292,7 +292,7 @@ class Judge:
 
     def closure(self, arm: str) -> tuple[float, float, float]:
         """Closure of the gap in loss: mean and 95 % interval."""
-        of = lambda rows: metrics.gap_closure(*(-self.loss(x, rows) for x in (arm, "host", self.ceiling)))[1]
+        of = lambda rows: metrics.gap_closure(*(-self.loss(x, rows) for x in (arm, "host", "ceiling")))[1]
         return (of(slice(None)), *self._range(of(self.draws)))
 
     def beats(self, arm: str, other: str) -> bool:
@@ -302,13 +302,13 @@ class Judge:
         return self.difference(arm, "host")[1] > 0
 
     def figures(self, arm: str) -> dict[str, Any]:
-        accuracy = {key: float(self.right[key].mean()) for key in (arm, "host", self.ceiling) if key in self.right}
-        gap = len(accuracy) == 3 and accuracy["host"] != accuracy[self.ceiling]
+        accuracy = {key: float(self.right[key].mean()) for key in (arm, "host", "ceiling") if key in self.right}
+        gap = len(accuracy) == 3 and accuracy["host"] != accuracy["ceiling"]
         ratio, closure = metrics.gap_closure(*accuracy.values()) if gap else (None, None)
         return {
             "loss": float(self.loss(arm)), "kl": float(self.kl[arm].sum() / self.tokens.sum()),
             "closure": [float(x) for x in self.closure(arm)],
-            "loss_ratio": float(self.loss(self.ceiling) / self.loss(arm)),
+            "loss_ratio": float(self.loss("ceiling") / self.loss(arm)),
             "against_host": [float(x) for x in self.difference(arm, "host")],
             "against_expert": [float(x) for x in self.difference(arm, "expert")],
             "accuracy": accuracy.get(arm), "accuracy_ratio": ratio, "accuracy_closure": closure,
@@ -345,12 +345,12 @@ def judge_all(study: Study, seeds: tuple[int, ...]) -> dict[str, Any]:
     read = lambda part, task, experts: [study.cell(part, task, seed, experts) for seed in seeds]
     single, several = {}, {}
     for part in ("dev", "test"):
-        single[part] = {task: Judge(read(part, task, (task,)), "ceiling") for task in names}
-        several[part] = {task: Judge(read(part, task, names), "multi-task ceiling") for task in names}
+        single[part] = {task: Judge(read(part, task, (task,))) for task in names}
+        several[part] = {task: Judge(read(part, task, names)) for task in names}
     tuned = {task: min((f"static {a}" for a in GRID), key=single["dev"][task].loss) for task in names}
     default = choose(single["dev"], CANDIDATES)
     default_several = choose(several["dev"], CANDIDATES_SEVERAL)
-    excess = [bound_excess(Judge([cell], "ceiling")) for part in ("dev", "test") for task in names
+    excess = [bound_excess(Judge([cell])) for part in ("dev", "test") for task in names
               for cell in read(part, task, (task,))]  # fmt: skip
     test, many = single["test"], several["test"]
     rivals = {task: ("expert", tuned[task], "grid") for task in names}
@@ -469,7 +469,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.errorbar(mean, -at, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
         axis.axvline(0, color="0.3", lw=1)
         axis.axvline(1, color="0.3", lw=1, ls="--")
-        axis.set(xlabel="closure: 0 host, 1 fine-tuned on all tasks", yticks=[-i for i in range(len(shown))])
+        axis.set(xlabel="closure: 0 host, 1 host fine-tuned on the task", yticks=[-i for i in range(len(shown))])
         axis.set_yticklabels([{"expert": "its own expert"}.get(x, x) for x in shown] if axis is axes[1][0] else [])
         axis.grid(alpha=0.25)
     figure.savefig(path)

@@ -11,7 +11,8 @@ _LAZY = {
     "Processor": "processor", "Chain": "chain", "Artifact": "artifact", "pocket": "bundled",
     "Companion": "companion", "generate": "generation", "Speculation": "speculative",
     "NGramPrior": "prior", "TokenLedger": "ledger",
-    "AlignDistilLogitsProcessor": "methods.aligndistil", "NGramStyleLogitsProcessor": "methods.ngram",
+    "AlignDistilLogitsProcessor": "methods.aligndistil", "DynamicFusionLogitsProcessor": "methods.fusion",
+    "NGramStyleLogitsProcessor": "methods.ngram",
     "SuppressionLogitsProcessor": "methods.suppression", "VQLogitsProcessor": "methods.vq",
     "VQHead": "heads", "ExactHead": "heads", "Calibration": "heads",
     "attach": "heads", "detach": "heads", "convert": "heads",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from .ledger import TokenLedger
     from .methods.aligndistil import AlignDistilLogitsProcessor
+    from .methods.fusion import DynamicFusionLogitsProcessor
     from .methods.ngram import NGramStyleLogitsProcessor
     from .methods.suppression import SuppressionLogitsProcessor
     from .methods.vq import VQLogitsProcessor

@@ -61,6 +61,14 @@ def test_the_alignment_example_runs(folder):
     assert len(found) == 3 and found[0] < found[1] < found[2]  # the dial turns the reward up
 
 
+def test_the_fusion_example_runs(folder):
+    output = run(folder, sys.executable, str(ROOT / "examples/fuse.py"), "mini", "mini")
+    lines = [line.partition(": ") for line in output.splitlines() if ": " in line]
+    texts = {mode: [text for m, _, text in lines if m == mode] for mode, *_ in lines}
+    assert set(texts) == {"base alone", "static", "newton", "mixture"} and all(len(t) == 3 for t in texts.values())
+    assert texts["newton"] == texts["static"] == texts["base alone"], "mini has nothing to teach over mini"
+
+
 def test_the_commands_of_the_readme_run(folder):
     block = (ROOT / "README.md").read_text().split("## Command line")[1].split("```")[1]
     fit, generate = block.splitlines()[1:3]
