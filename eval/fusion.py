@@ -48,12 +48,13 @@ from logitproc.methods.fusion import fuse
 from logitproc.scoring import process_positions
 
 SEEDS = (0, 1, 2)
-TRAIN, DEV, TEST = 3000, 150, 300  # documents a task, at most
+TRAIN, DEV, TEST = 3000, 150, 120  # documents a task, at most
+SEVERAL_DOCUMENTS = 40  # of dev and of test, where all experts are there
 RATES = {"small": 1e-3, "host": 5e-4}
 EPOCHS, BATCH, LONGEST = 2, 64, 96
 SCORED = 16  # documents at once
-GRID = [round(0.1 * k, 1) for k in range(21)]
-SMALL_SHARES = (0.0, 0.01, 0.05)
+GRID = [round(0.2 * k, 1) for k in range(11)] + [0.5, 1.5]
+SMALL_SHARES = (0.0, 0.05)
 
 SINGLE: dict[str, dict[str, Any]] = {
     **{f"static {alpha}": {"mode": "static", "alpha": alpha} for alpha in GRID},
@@ -216,7 +217,7 @@ class Study:
             for arm, options in (SINGLE if one else SEVERAL).items()
         }
         result: dict[str, Any] = {"tokens": [], "arms": {}, "alpha": {}}
-        for ids, mask, labels in self._batches(part, name):
+        for ids, mask, labels in self._batches(part, name, one):
             inside = mask[:, :-1].bool() & mask[:, 1:].bool()  # a token follows
             logits = host(input_ids=ids, attention_mask=mask).logits
             small = [companion(ids, mask, ids.shape[1]) for companion in (base, *experts)]
@@ -239,10 +240,11 @@ class Study:
             result["alpha"][arm] = {"mean": np.mean(found, 0).tolist(), "sd": np.std(found, 0).tolist()}
         return result
 
-    def _batches(self, part: str, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
+    def _batches(self, part: str, name: str, one: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
         """(ids, mask, [(row, label tokens, label, where)]) of documents of like length."""
         task = self.tasks[name]
-        encoded = [(*encode(self.tokenizer, task, document), document.label) for document in getattr(task, part)]
+        documents = getattr(task, part)[: None if one else SEVERAL_DOCUMENTS]
+        encoded = [(*encode(self.tokenizer, task, document), document.label) for document in documents]
         encoded.sort(key=lambda item: len(item[0]))
         for start in range(0, len(encoded), SCORED):
             batch = encoded[start : start + SCORED]
@@ -343,10 +345,9 @@ def judge_all(study: Study, seeds: tuple[int, ...]) -> dict[str, Any]:
     """All figures and verdicts of one pair of models."""
     names = tuple(study.tasks)
     read = lambda part, task, experts: [study.cell(part, task, seed, experts) for seed in seeds]
-    single, several = {}, {}
-    for part in ("dev", "test"):
-        single[part] = {task: Judge(read(part, task, (task,))) for task in names}
-        several[part] = {task: Judge(read(part, task, names)) for task in names}
+    parts = ("dev", "test")
+    single = {part: {task: Judge(read(part, task, (task,))) for task in names} for part in parts}
+    several = {part: {task: Judge(read(part, task, names)) for task in names} for part in parts}
     tuned = {task: min((f"static {a}" for a in GRID), key=single["dev"][task].loss) for task in names}
     default = choose(single["dev"], CANDIDATES)
     default_several = choose(several["dev"], CANDIDATES_SEVERAL)
@@ -355,8 +356,9 @@ def judge_all(study: Study, seeds: tuple[int, ...]) -> dict[str, Any]:
     test, many = single["test"], several["test"]
     rivals = {task: ("expert", tuned[task], "grid") for task in names}
     return {
-        "seeds": seeds, "documents": {task: len(test[task].tokens) for task in names},
-        "tokens": {task: int(test[task].tokens.sum()) for task in names},
+        "seeds": seeds,
+        "size": {key: {task: [len(judge.tokens), int(judge.tokens.sum())] for task, judge in judges.items()}
+                 for key, judges in (("single", test), ("several", many))},
         "tuned": tuned, "default": default, "default_several": default_several,
         "single": {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in test.items()},
         "several": {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in many.items()},
@@ -391,7 +393,7 @@ def markdown(result: dict[str, Any]) -> str:
     for setting, title in (("single", "One expert"), ("several", "All experts at once, the task unknown")):
         for task, arms in result[setting].items():
             out += [
-                f"\n**{title}: {task}** ({result['documents'][task]} documents, {result['tokens'][task]:,} tokens)\n",
+                "\n**{}: {}** ({} documents, {:,} tokens)\n".format(title, task, *result["size"][setting][task]),
                 "| arm | nats a token | closure of the gap | against host | against expert | KL from host | loss ratio "
                 "| accuracy | ratio (the paper's) | closure |", "|---" * 10 + "|",
             ]
@@ -447,10 +449,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     labels = {"grid": "grid (the paper)", "expert": "small expert alone", "ceiling": "host fine-tuned"}
     for axis, task in zip(axes[0], names, strict=True):
         arms = result["single"][task]
-        line = [(arms[f"static {a}"]["kl"], arms[f"static {a}"]["loss"]) for a in GRID]
+        line = [(arms[f"static {a}"]["kl"], arms[f"static {a}"]["loss"]) for a in sorted(GRID)]
         axis.plot(*zip(*line, strict=True), color="C0", lw=1.5, label="static, weight 0 to 2")
         for a in (0.0, 1.0, 2.0):
-            point = line[GRID.index(a)]
+            point = line[sorted(GRID).index(a)]
             axis.plot(*point, ".", color="C0")
             axis.annotate(f"{a:g}", point, (4, 4), textcoords="offset points", fontsize=8, color="C0")
         for arm, (mark, color) in marks.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 Target = Literal["R", "F", "J"]
 HEADROOM = 40.0  # nats; exp(2 * 40) fits float32
+BLOCK = 1 << 16  # scores
 TRIALS = (1.0, 0.5, 0.25, 0.125, 0.03125, 0.00390625)  # the last ones are for peaked rows
 
 
@@ -36,40 +37,55 @@ class Family(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """A, mean and variance of one direction under P_a, each [rows]."""
+    """Of a softmax and T directions."""
 
-    log_z: Tensor
-    mean: Tensor
-    variance: Tensor
-
-
-def weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores less their maximum [rows, V], its exp w [rows, V], sum of w [rows]); softmax is w over its sum."""
-    log_w = scores - scores.amax(-1, keepdim=True)
-    w = log_w.exp()
-    return log_w, w, w.sum(-1)
+    log_z: Tensor  # [rows], logsumexp of the scores
+    mean: Tensor  # [rows, T]
+    variance: Tensor  # [rows, T]
 
 
-def moments(family: Family, a: Tensor) -> Moments:
-    """Of P_a for the only direction, a [rows], from one exp a token."""
-    d = family.d[:, 0]
-    x = torch.addcmul(family.log_w, d, a[:, None])
-    top = x.amax(-1, keepdim=True)
-    w = x.sub_(top).exp_()
-    total = w.sum(-1)
-    mean = w.mul_(d).sum(-1) / total
-    variance = (w.mul_(d).sum(-1) / total - mean.square()).clamp(min=0)
-    return Moments(top.squeeze(-1) + total.log() - family.log_z, mean, variance)
+def moments(scores: Tensor, d: Tensor, a: Tensor | None = None) -> Moments:
+    """Of softmax(scores + a d): scores [rows, V], d [rows, T, V], a [rows] or none; with a, T = 1.
+
+    One exp a token. On a CPU in blocks of columns, whose temporary results stay in its cache.
+    """
+    parts = []
+    for block in blocks(scores):
+        x, directions = scores[:, block], d[:, :, block].unbind(1)
+        if a is not None:
+            x = torch.addcmul(x, directions[0], a[:, None])
+        top = x.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)  # a block may be forbidden
+        w = (x - top if a is None else x.sub_(top)).exp_()
+        sums = [top, w.sum(-1, keepdim=True)]
+        for direction in directions:
+            term = w * direction if len(directions) > 1 else w.mul_(direction)
+            sums.append(term.sum(-1, keepdim=True))
+            sums.append(term.mul_(direction).sum(-1, keepdim=True))
+        parts.append(torch.cat(sums, -1))
+    found = torch.stack(parts)
+    top = found[..., :1].amax(0)
+    found = (found[..., 1:] * (found[..., :1] - top).exp()).sum(0)
+    total, first, second = found[:, :1], found[:, 1::2], found[:, 2::2]
+    mean = first / total
+    return Moments((top + total.log()).squeeze(-1), mean, (second / total - mean.square()).clamp(min=0))
 
 
-def divergence(target: Target, a: Tensor, m: Moments, mean0: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, F or J of P_a, its derivative along the direction), each [rows]."""
-    shift = m.mean - mean0
+def blocks(scores: Tensor) -> list[slice]:
+    """The columns of scores [rows, V] in parts of about `BLOCK` scores; on a GPU in one part."""
+    rows, width = scores.shape
+    step = max(1, BLOCK // max(1, rows)) if scores.device.type == "cpu" else width
+    return [slice(start, start + step) for start in range(0, width, step)]
+
+
+def divergence(family: Family, target: Target, a: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, F or J of P_a, its derivative along the only direction), each [rows]; a [rows]."""
+    m, mean0 = moments(family.log_w, family.d, a), family.mean[:, 0]
+    mean, variance, log_z = m.mean[:, 0], m.variance[:, 0], m.log_z - family.log_z
     if target == "R":
-        return (a * m.mean - m.log_z).clamp(min=0), a * m.variance
+        return (a * mean - log_z).clamp(min=0), a * variance
     if target == "F":
-        return (m.log_z - a * mean0).clamp(min=0), shift
-    return (a * shift).clamp(min=0), shift + a * m.variance
+        return (log_z - a * mean0).clamp(min=0), mean - mean0
+    return (a * (mean - mean0)).clamp(min=0), mean - mean0 + a * variance
 
 
 def root(
@@ -84,14 +100,14 @@ def root(
     once; one that leaves the bracket known so far bisects it. A row is done with the step after s was near its
     goal, which squares the relative error; from then on it stays.
     """
-    mean, goal = family.mean[:, 0], (2 * nats).sqrt()
+    goal = (2 * nats).sqrt()
     a = goal / variance.sqrt() / (2**0.5 if target == "J" else 1.0)
     a = a.nan_to_num(0.0).clamp(max=high)
     low, upper = torch.zeros_like(a), torch.full_like(a, torch.inf)
     beyond = done = torch.zeros_like(a, dtype=torch.bool)
     near = 1e-8 if a.dtype is torch.float64 else 3e-4
     for _ in range(steps):
-        f, slope = divergence(target, a, moments(family, a), mean)
+        f, slope = divergence(family, target, a)
         s = (2 * f).sqrt()
         beyond = beyond | (~done & (a == high) & (f < nats))
         low, upper = torch.where(f <= nats, a, low), torch.where(f >= nats, a, upper)
@@ -104,7 +120,7 @@ def root(
             break
     else:  # some row may still be on its way to `high`
         top = torch.full_like(a, high)
-        late = ~done & (divergence(target, top, moments(family, top), mean)[0] < nats)
+        late = ~done & (divergence(family, target, top)[0] < nats)
         a, beyond = torch.where(late, top, a), beyond | late
     return a, beyond
 

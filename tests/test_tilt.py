@@ -20,9 +20,9 @@ def family(rows: int = 6, width: int = 200, count: int = 1, seed: int = 0, sprea
 
 
 def of(scores: Tensor, d: Tensor) -> tilt.Family:
-    log_w, w, total = tilt.weights(scores)
-    mean = (w[:, None] * d).sum(-1) / total[:, None]
-    return tilt.Family(log_w, total.log(), d, mean)
+    log_w = scores - scores.amax(-1, keepdim=True)
+    m = tilt.moments(log_w, d)
+    return tilt.Family(log_w, m.log_z, d, m.mean)
 
 
 def probabilities(f: tilt.Family, a: Tensor) -> Tensor:
@@ -41,15 +41,15 @@ def direct(f: tilt.Family, a: Tensor) -> dict[str, Tensor]:
 
 
 def closed(f: tilt.Family, a: Tensor, target: str) -> Tensor:
-    return tilt.divergence(target, a, tilt.moments(f, a), f.mean[:, 0])[0]
+    return tilt.divergence(f, target, a)[0]
 
 
 def slope(f: tilt.Family, a: Tensor, target: str) -> Tensor:
-    return tilt.divergence(target, a, tilt.moments(f, a), f.mean[:, 0])[1]
+    return tilt.divergence(f, target, a)[1]
 
 
 def variance(f: tilt.Family) -> Tensor:
-    return tilt.moments(f, torch.zeros(len(f.log_w), dtype=f.d.dtype)).variance
+    return tilt.moments(f.log_w, f.d).variance[:, 0]
 
 
 def root(f: tilt.Family, nats: Tensor, target: str, high: float = 2.0, steps: int = 12) -> tuple[Tensor, Tensor]:
@@ -81,6 +81,21 @@ def test_closed_forms_are_the_divergences(dtype, a):
         assert (closed(f, a, target) >= 0).all()
     most = -f.log_w.double().log_softmax(-1).gather(-1, f.d[:, 0].argmax(-1, keepdim=True)).squeeze(-1)
     assert (closed(f, a, "R") <= most + 1e-6).all()
+
+
+def test_moments_in_blocks_are_those_of_the_softmax(monkeypatch):
+    f, a = family(6, 200), torch.full((6,), 0.7, dtype=torch.float64)
+    scores = f.log_w.index_fill(1, torch.arange(40, 90), -math.inf)  # a block without a token
+    whole = tilt.moments(scores, f.d, a)
+    p = (scores + 0.7 * f.d[:, 0]).softmax(-1)
+    mean = (p * f.d[:, 0]).sum(-1)
+    torch.testing.assert_close(whole.log_z, (scores + 0.7 * f.d[:, 0]).logsumexp(-1))
+    torch.testing.assert_close(whole.mean[:, 0], mean)
+    torch.testing.assert_close(whole.variance[:, 0], (p * f.d[:, 0].square()).sum(-1) - mean.square())
+    monkeypatch.setattr(tilt, "BLOCK", 6 * 16)
+    assert len(tilt.blocks(scores)) == 13
+    for one, other in zip(tilt.moments(scores, f.d, a), whole, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_f_is_convex_and_slopes_are_derivatives():

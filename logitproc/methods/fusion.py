@@ -41,7 +41,7 @@ Kind = Literal["level", "shift"]
 FORBIDDEN = -1e30  # a score below it is a mask, whatever finite number a model uses for one
 DEAD = 1e-6  # nats; an expert closer to its base than this says nothing
 GRID = 10  # points a unit
-CACHED = 1 << 18  # scores; on a CPU, rows are solved so many at a time, to stay in its caches
+CACHED = 1 << 19  # scores; on a CPU, rows are solved so many at a time, to stay in its caches
 
 
 # --- math ---
@@ -137,21 +137,19 @@ def _fuse(
 
 def shifts(host: Tensor, base: Tensor, experts: Sequence[Tensor]) -> Shifts:
     """See `fuse` for the shapes."""
-    d = torch.stack([e - base for e in experts], 1) if len(experts) > 1 else (experts[0] - base)[:, None]
     allowed = torch.stack([x.amin() for x in (host, base, *experts)]).amin() > FORBIDDEN  # false for NaN
-    if host.device.type == "cpu" and bool(allowed):
-        first = host.max(-1, keepdim=True).indices
-        return Shifts(d.sub_(d.gather(-1, _each(first, d))), first, None, None)
-    blocked = torch.stack([~(e > FORBIDDEN) for e in experts], 1)
-    inside = (host > FORBIDDEN) & (base > FORBIDDEN) & ~blocked.any(1)
-    first = host.masked_fill(~inside, -torch.inf).max(-1, keepdim=True).indices
-    outside = ~inside[:, None]
-    d.masked_fill_(outside, 0.0).sub_(d.gather(-1, _each(first, d))).masked_fill_(outside, 0.0)
-    return Shifts(d, first, inside, blocked)
-
-
-def _each(index: Tensor, d: Tensor) -> Tensor:
-    return index[:, None].expand(-1, d.shape[1], -1)
+    inside = blocked = None
+    if host.device.type != "cpu" or not bool(allowed):
+        blocked = torch.stack([~(e > FORBIDDEN) for e in experts], 1)
+        inside = (host > FORBIDDEN) & (base > FORBIDDEN) & ~blocked.any(1)
+        host = host.masked_fill(~inside, -torch.inf)
+    first = host.max(-1, keepdim=True).indices
+    d = torch.empty(len(host), len(experts), host.shape[1], dtype=host.dtype, device=host.device)
+    for t, expert in enumerate(experts):
+        reference = expert.gather(-1, first) - base.gather(-1, first)
+        for block in tilt.blocks(host):
+            torch.sub(expert[:, block], base[:, block], out=d[:, t, block]).sub_(reference)
+    return Shifts(d if inside is None else d.masked_fill_(~inside[:, None], 0.0), first, inside, blocked)
 
 
 def shift(host: Tensor, s: Shifts, alpha: Tensor) -> Tensor:
@@ -171,27 +169,19 @@ def _measure(
     host: Tensor, base: Tensor, experts: Sequence[Tensor], s: Shifts
 ) -> tuple[tilt.Family, Divergences]:
     """The host's tilts, and how far each expert lies from the base."""
-    d = s.d.unbind(1)
-
-    def read(scores: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-        if s.inside is not None:
-            scores = scores.masked_fill(~s.inside, -torch.inf)
-        log_w, w, total = tilt.weights(scores)
-        terms = [w * x for x in d]
-        mean = torch.stack([x.sum(-1) for x in terms], 1) / total[:, None]
-        return log_w, total, terms, mean, log_w.gather(-1, s.first).squeeze(-1) - total.log()
-
-    log_w, total, terms, mean, _ = read(host)
-    square = torch.stack([x.mul_(y).sum(-1) for x, y in zip(terms, d, strict=True)], 1) / total[:, None]
-    family = tilt.Family(log_w, total.log(), s.d, mean)
-    *_, base_mean, base_first = read(base)
-    parts = [read(expert)[-2:] for expert in experts]
-    expert_mean = torch.stack([x for x, _ in parts], 1)
-    own = expert_mean.diagonal(dim1=1, dim2=2)
-    ratio = base_first[:, None] - torch.stack([x for _, x in parts], 1)  # ln E_Q exp d_t, as d_t is 0 at `first`
-    c = Divergences(square - mean.square(), expert_mean, base_mean, (own - ratio).clamp(min=0),
-                    (ratio - base_mean).clamp(min=0), own - base_mean)  # fmt: skip
-    return family, c
+    if s.inside is not None:
+        host, base, *experts = (x.masked_fill(~s.inside, -torch.inf) for x in (host, base, *experts))
+    log_w = host - host.gather(-1, s.first)
+    p, q = tilt.moments(log_w, s.d), tilt.moments(base, s.d)
+    own = [tilt.moments(expert, s.d) for expert in experts]
+    # d is 0 at `first`, where ln q_t - ln q is then less than d_t by ln E_Q exp d_t.
+    log_q = lambda scores, m: scores.gather(-1, s.first).squeeze(-1) - m.log_z
+    ratio = torch.stack([log_q(base, q) - log_q(e, m) for e, m in zip(experts, own, strict=True)], 1)
+    expert_mean = torch.stack([m.mean for m in own], 1)
+    expert_own = expert_mean.diagonal(dim1=1, dim2=2)
+    c = Divergences(p.variance, expert_mean, q.mean, (expert_own - ratio).clamp(min=0),
+                    (ratio - q.mean).clamp(min=0), expert_own - q.mean)  # fmt: skip
+    return tilt.Family(log_w, p.log_z, s.d, p.mean), c
 
 
 def _points(low: float, high: float) -> range:
