@@ -176,13 +176,13 @@ def train(source: str, rows: list[list[int]], out: Path, rate: float, seed: int)
 class Study:
     """One pair of a host and a small model, its experts and ceilings, and the cells scored with them."""
 
-    def __init__(self, host: str, small: str, data: Path, out: Path):
+    def __init__(self, host: str, small: str, data: Path, out: Path, documents: int = TRAIN):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.sources = {"host": cli.find_model(host), "small": cli.find_model(small)}
         self.out = out / f"{Path(host).name}-{Path(small).name}"
         self.tokenizer = AutoTokenizer.from_pretrained(self.sources["host"])
-        self.tasks = tasks(data)
+        self.tasks, self.documents = tasks(data), documents
         self.load = lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def model(self, kind: str, name: str, seed: int) -> Path:
@@ -190,7 +190,7 @@ class Study:
         folder = self.out / "models" / f"{kind} {name} {seed}"
         if not folder.exists():
             chosen = list(self.tasks.values()) if name == "all" else [self.tasks[name]]
-            rows = [encode(self.tokenizer, task, document)[0] for task in chosen for document in task.train]
+            rows = [encode(self.tokenizer, task, document)[0] for task in chosen for document in task.train[: self.documents]]
             train(self.sources[kind], rows, folder, RATES[kind], seed)
         return folder
 
@@ -485,8 +485,9 @@ def main() -> None:
     parser.add_argument("--host", default="base")
     parser.add_argument("--small", default="mini")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="experts a task")
+    parser.add_argument("--documents", type=int, default=TRAIN, help="training documents a task, at most")
     args = parser.parse_args()
-    study = Study(args.host, args.small, args.data, args.out)
+    study = Study(args.host, args.small, args.data, args.out, args.documents)
     seeds = SEEDS[: args.seeds]
     if args.stage == "experts":
         for seed in seeds:

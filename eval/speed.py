@@ -31,6 +31,8 @@ BOUNDS = {
     ("ngram backoff", "log_softmax", 151_936, 8): 3.0,
     ("Chain of 5 no-ops", "list of 1 no-op", 32_000, 1): 1.0,
     ("generate with aligndistil", "generate", 8192, 8): 2.0,
+    ("fusion newton", "3 log_softmax", 151_936, 8): 2.0,
+    ("fusion newton", "its rows one by one", 151_936, 32): 1.0,
     ("suppression paper", "scores.clone()", 151_936, 8): 1.5,
     ("suppression ratio", "scores.clone()", 151_936, 8): 1.5,
     ("suppression dry", "scores.clone()", 151_936, 8): 1.5,
@@ -204,6 +206,54 @@ def aligndistil_steps(device: str, buffers: int = 8) -> list[dict]:
     return [*rows, about | {"batch": 8} | result]
 
 
+def fusion_steps(buffers: int = 4) -> list[dict]:
+    """Solving alpha and fusing, beside one `log_softmax` of each of the three tensors; and rows one by one.
+
+    Logits fall off as 1.1 ln(rank), with noise, tokens in random order: an invented language model.
+    """
+    import torch
+
+    from logitproc.methods.fusion import candidates, fuse, mix
+
+    rows = []
+    for vocabulary, batch in ((32_000, 8), (151_936, 8), (151_936, 32)):
+        random = torch.Generator().manual_seed(0)
+        noise = lambda n=batch, v=vocabulary, g=random: torch.randn(n, v, generator=g)
+        falling = -1.1 * torch.arange(1, vocabulary + 1).log()
+        given = []
+        for _ in range(buffers if batch < 32 else 1):
+            order = torch.stack([torch.randperm(vocabulary, generator=random) for _ in range(batch)])
+            host = falling[order] + noise()
+            base = host + noise()
+            given.append((host, base, base + 0.5 * noise()))
+        three = lambda i, g=given: [x.log_softmax(-1) for x in g[i % len(g)]]
+
+        def solve(i: int, mode: Any, g: Any = given, part: slice = slice(None)) -> None:
+            host, base, expert = (x[part] for x in g[i % len(g)])
+            fuse(host, base, [expert], mode)
+
+        def mixed(i: int, g: Any = given, n: int = batch) -> None:
+            host, base, expert = g[i % len(g)]
+            mix(candidates(host, base, [expert], (0.5, 1.0, 1.5)), torch.zeros(n, 5))
+
+        size = {"vocabulary": vocabulary, "batch": batch}
+        if batch < 32:
+            for mode in ("newton", "grid", "match"):
+                result = compare(lambda i, m=mode, f=solve: f(i, m), three, rounds=20, calls=1)
+                rows.append({"what": f"fusion {mode}", "against": "3 log_softmax"} | size | result)
+            rows.append({"what": "fusion mixture", "against": "3 log_softmax"} | size
+                        | compare(mixed, three, rounds=20, calls=1))  # fmt: skip
+            continue
+
+        def singly(i: int, f: Any = solve, n: int = batch) -> None:
+            for row in range(n):
+                f(i, "newton", part=slice(row, row + 1))
+
+        result = compare(lambda i, f=solve: f(i, "newton"), singly, rounds=10, calls=1)
+        rows.append({"what": "fusion newton", "against": "its rows one by one"} | size | result)
+    return rows
+
+
 def whole_jobs(device: str) -> list[dict]:
     """Scoring and generation with the bundled model, through the default chain, beside the bare model."""
     import torch
@@ -307,7 +357,7 @@ def table(rows: list[dict]) -> str:
 
 PARTS: dict[str, Callable[[str], list[dict]]] = {
     "steps": lambda device: steps(), "suppression": lambda device: suppression_steps(),
-    "aligndistil": aligndistil_steps, "jobs": whole_jobs,
+    "aligndistil": aligndistil_steps, "fusion": lambda device: fusion_steps(), "jobs": whole_jobs,
 }  # fmt: skip
 
 
