@@ -190,7 +190,10 @@ class Study:
         folder = self.out / "models" / f"{kind} {name} {seed}"
         if not folder.exists():
             chosen = list(self.tasks.values()) if name == "all" else [self.tasks[name]]
-            rows = [encode(self.tokenizer, task, document)[0] for task in chosen for document in task.train[: self.documents]]
+            rows = [
+                encode(self.tokenizer, task, document)[0]
+                for task in chosen for document in task.train[: self.documents]
+            ]  # fmt: skip
             train(self.sources[kind], rows, folder, RATES[kind], seed)
         return folder
 

@@ -97,7 +97,7 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
     on_cpu = host.device.type == "cpu"
     rows = max(1, torch.get_num_threads() * CACHED // host.shape[1] if on_cpu else len(host))
     if weights is None:
-        weights = host.new_full((len(host), len(experts)), 1 / len(experts))
+        weights = _columns([1 / len(experts)] * len(experts), host)
     parts = [
         _fuse(host[i], base[i], [e[i] for e in experts], weights[i], *options)
         for i in (slice(start, start + rows) for start in range(0, max(1, len(host)), rows))
@@ -124,8 +124,8 @@ def _fuse(
         goal = (weights[:, None] @ c.expert_mean).squeeze(1)
         if kind == "shift":
             goal = goal + family.mean - c.base_mean
-        sides = c.kl.new_tensor(bounds).expand(rows, count, 2)
-        a = tilt.match(family, goal, sides[..., 0], sides[..., 1], ridge, centre, steps)
+        low_side, high_side = (_columns(side, goal) for side in zip(*bounds, strict=True))
+        a = tilt.match(family, goal, low_side, high_side, ridge, centre, steps)
     else:  # grid; for several experts select: each on its grid against the mean of the divergences, the best acts
         kl, reverse_kl = c.kl.mean(1), c.reverse_kl.mean(1)
         found = [tilt.grid(family.one(t), kl, reverse_kl, _points(*bounds[t])) for t in range(count)]
@@ -182,6 +182,11 @@ def _measure(
     c = Divergences(p.variance, expert_mean, q.mean, (expert_own - ratio).clamp(min=0),
                     (ratio - q.mean).clamp(min=0), expert_own - q.mean)  # fmt: skip
     return tilt.Family(log_w, p.log_z, s.d, p.mean), c
+
+
+def _columns(values: Sequence[float], like: Tensor) -> Tensor:
+    """[rows, len(values)], made where `like` is: a copy from the host would wait for the device."""
+    return torch.stack([torch.full_like(like[:, 0], value) for value in values], 1)
 
 
 def _points(low: float, high: float) -> range:
@@ -397,11 +402,9 @@ class DynamicFusionLogitsProcessor(Processor):
             equal = scores.new_zeros(len(scores), len(components))
             out = mix(components, equal if evidence is None else evidence)
         elif self.mode == "static":
-            alpha = scores.new_tensor(self._alpha).expand(len(scores), -1)
-            out = shift(scores, shifts(scores, base, experts), alpha)
+            out = shift(scores, shifts(scores, base, experts), _columns(self._alpha, scores))
         else:
-            weights = scores.new_tensor(self._weights).expand(len(scores), -1)
-            weights = weights if evidence is None else evidence.softmax(-1)
+            weights = _columns(self._weights, scores) if evidence is None else evidence.softmax(-1)
             out = fuse(
                 scores, base, experts, self.mode, target=self.target, bounds=self._bounds, kind=self.kind,
                 weights=weights, ridge=self.ridge, centre=self.centre,
