@@ -25,8 +25,8 @@ from .chain import Chain, asks, histories
 LOSSES = ("base_nll", "nll")
 DIVERGENCES = ("js", "kl", "reverse_kl", "tv", "agree", "flip")
 
-# Scores processed at once. On a CPU 4 MiB of float32, near the size of its caches; a GPU wants more.
-_ELEMENTS, _ELEMENTS_ON_CPU = 1 << 24, 1 << 20
+# Scores processed at once. On a CPU 1 MiB of float32, so that several stay in its caches; a GPU wants more.
+_ELEMENTS, _ELEMENTS_ON_CPU = 1 << 24, 1 << 18
 _ASKED_AHEAD = 1 << 26  # scores of a companion held at once
 _PIECE = 1 << 20  # characters tokenized at once
 _BUFFER = 32  # batches of windows held back to be grouped by length

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 BY_RULE: Any = None
 SPARSE = ("paper", "lift")  # the rules that leave most tokens alone
-LOWEST = -22.0  # ln of a probability that rounds to 0: a bias steers, it does not forbid, and exp(4 * 22) is finite
+LOWEST = -22.0  # ln of a probability that rounds to 0: a bias steers, it forbids nothing, and exp(4 * 22) is finite
 FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 
 
@@ -49,16 +49,16 @@ FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 
 
 class Bias(NamedTuple):
-    """strength * g of some rows as what is added up: one weighted row of `basis` for each prior, and E entries."""
+    """strength * g of some rows as what is added up: a weighted row of `basis` for each prior, and E entries."""
 
-    basis: Tensor  # float32 [priors + 1, width]; the last row is 1 for the tokens that may be biased, else 0
+    basis: Tensor  # float32 [priors + 1, width]; the last row is 1 for tokens that may be biased, else 0
     weights: list[Tensor]  # float32 [rows, 1] each, of the first rows of the basis
     row: Tensor  # int64 [E]
     id: Tensor  # int64 [E]
     value: Tensor  # float32 [E]
 
     def added_to(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
-        """scores + strength * g [rows, width], in `out` where given: large temporaries cost more than arithmetic."""
+        """scores + strength * g [rows, width], in `out` if given: fresh memory costs more than arithmetic."""
         return self._rest(torch.addcmul(scores, self.weights[0], self.basis[0], out=out))
 
     def dense(self) -> Tensor:
@@ -82,22 +82,24 @@ class Bias(NamedTuple):
         """
         # One dot product a row: a matrix product would round a row by how many stand beside it.
         *means, mass = (torch.linalg.vecdot(p, part) for part in self.basis)
-        total = torch.zeros_like(mass).index_put_((self.row,), p[self.row, self.id] * self.value, accumulate=True)
+        total = torch.zeros_like(mass)
+        total.index_put_((self.row,), p[self.row, self.id] * self.value, accumulate=True)
         for weight, mean in zip(self.weights, means, strict=True):
             total.addcmul_(weight[:, 0], mean)
         # No mass to speak of, or a row without a finite score: nothing is biased, so any finite mean does.
-        return self._replace(weights=[*self.weights, torch.where(mass > 1e-6, -total / mass, 0.0)[:, None]])
+        mean = torch.where(mass > 1e-6, total / mass, 0.0)
+        return self._replace(weights=[*self.weights, -mean[:, None]])
 
 
 class BiasTable:
     """strength * g of one rule for one prior, on one device: a value for each token, and for each n-gram.
 
-    The value of an n-gram is what its context h adds to its token: for the sparse rules the term of that order, for
-    the dense ones ln p(i given h) - ln b(h) - ln p(i given h without its oldest token). Kneser-Ney backs off by
-    p(i given h) = b(h) p(i given the shorter h) where h does not hold i, so all contexts together give ln p but for
-    the sum of their ln b, which is the same for every token.
+    The value of an n-gram is what its context h adds to its token: for the sparse rules the term of that order,
+    for the dense ones ln p(i given h) - ln b(h) - ln p(i given h without its oldest token). Kneser-Ney backs off
+    by p(i given h) = b(h) p(i given the shorter h) where h does not hold i, so all contexts together give ln p
+    but for the sum of their ln b, which is the same for every token.
 
-    The C contexts of all orders are numbered through; C stands for "not found" and C + 1 for the empty context.
+    The C contexts of all orders are numbered through; C is "not found" and C + 1 the empty context.
     """
 
     def __init__(self, prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None,
@@ -107,7 +109,7 @@ class BiasTable:
         base, values = _sparse(prior, rule, k, weights, trust) if rule in SPARSE else _dense(prior)
         base[exempt] = 0.0
         keys, lengths, ids, kept = [], [], [], []
-        first, parents = -1, 0  # the number of the first parent context; the empty one counts as -1 in keys
+        first, parents = -1, 0  # the number of the first parent; in keys the empty context is -1
         for o, value in zip(prior.orders[1:], values, strict=True):
             keys.append((first + o.parent) * (self.width + 2) + o.oldest)
             keep = (value != 0) & ~np.isin(o.ids, exempt)
@@ -152,8 +154,9 @@ class BiasTable:
         if self.bos:
             symbols = _start_of_text(symbols, tokens, self.width)
         found: list[Tensor] = []
-        for n, symbol in enumerate(symbols.flip(1).unbind(1)[: self.order - 1]):
-            key = symbol - (self.width + 2) if n == 0 else found[-1] * (self.width + 2) + symbol
+        for n in range(1, self.order):
+            parent = found[-1] if found else -1
+            key = parent * (self.width + 2) + symbols[:, -n]
             at = torch.searchsorted(self.keys, key)
             found.append(torch.where(self.keys.take(at) == key, at, self.none))
         return torch.stack(found) if found else tokens.new_empty(0, len(tokens))
@@ -164,7 +167,7 @@ class BiasTable:
         if contexts.device.type == "cpu":
             source = torch.repeat_interleave(length)
             at = (start - length.cumsum(0) + length).take(source) + torch.arange(len(source))
-        else:  # how many there are only the GPU knows, and asking would wait for it: fill up to the longest
+        else:  # only the GPU knows how many there are, and asking would wait for it: fill up to the longest
             reach = torch.arange(self.longest, device=contexts.device)
             source = torch.arange(len(start), device=contexts.device).repeat_interleave(self.longest)
             at = torch.where(reach < length[:, None], start[:, None] + reach, len(self.ids) - 1).flatten()
@@ -205,8 +208,8 @@ def _dense(prior: NGramPrior) -> tuple[np.ndarray, list[np.ndarray]]:
         entry = prior.find_entries(n, contexts, ids)
         value, absent = log_prob[n][entry], np.flatnonzero(entry < 0)  # absent where an ARPA file was pruned
         if len(absent):
-            contexts = contexts[absent]
-            value[absent] = log_backoff[n][contexts] + after(n - 1, prior.orders[n].parent[contexts], ids[absent])
+            contexts, shorter = contexts[absent], prior.orders[n].parent[contexts[absent]]
+            value[absent] = log_backoff[n][contexts] + after(n - 1, shorter, ids[absent])
         return value
 
     values = []
@@ -236,16 +239,18 @@ def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
 
 
 def plausible_part(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
-    """p where p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2), 0 elsewhere and for the
-    ids `barred`; up to a factor for each row."""
-    lowest = torch.finfo(scores.dtype).min  # not -inf: a row that holds nothing else has a softmax, if a useless one
+    """p where p >= alpha max p, 0 elsewhere and for the ids `barred`; up to a factor for each row.
+
+    Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2.
+    """
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a row of nothing else has a softmax, if a useless one
     top = scores.amax(-1, keepdim=True).clamp(min=lowest)
     inside = torch.nn.functional.threshold(scores - top, math.log(alpha) - 1e-6, lowest, inplace=True)
     return inside.softmax(-1).index_fill_(1, barred, 0.0)
 
 
 def keep_mass(scores: Tensor, bias: Tensor, p: Tensor) -> Tensor:
-    """scores + bias - ln E_p[exp(bias)] where p > 0, scores elsewhere: that set of tokens keeps its probability.
+    """scores + bias - ln E_p[exp(bias)] where p > 0, scores elsewhere: that set keeps its probability.
 
     p [rows, width] is proportional to the distribution of the scores over the set, all zero where that is
     empty. A constant in a row of the bias makes no difference. Overwrites bias and p: few passes are the point.
@@ -255,11 +260,13 @@ def keep_mass(scores: Tensor, bias: Tensor, p: Tensor) -> Tensor:
     return bias.sub_(shift).mul_(inside).add_(scores)
 
 
-def loop_guard(scores: Tensor, tokens: Tensor, factor: float, base: float, allowed: int, cap: float) -> Tensor:
+def loop_guard(
+    scores: Tensor, tokens: Tensor, factor: float, base: float, allowed: int, cap: float
+) -> Tensor:
     """DRY: scores [rows, width] - min(cap, factor base^(L - allowed)) nats where L >= allowed.
 
-    L(i) is the length of the longest suffix of tokens [rows, length] (-1: no token) that occurred earlier followed
-    by i. Source: "DRY: a modern repetition penalty", text-generation-webui pull request 5677.
+    L(i) is the length of the longest suffix of tokens [rows, length] (-1: no token) that occurred earlier
+    followed by i. Source: "DRY: a modern repetition penalty", text-generation-webui pull request 5677.
     """
     length = tokens.shape[1] - 1
     if length < 1:
