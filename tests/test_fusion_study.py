@@ -1,0 +1,59 @@
+"""The judgement of `eval/fusion.py` on figures made up so that the right answer is known."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+import fusion  # noqa: E402
+
+TOKENS = np.full(60, 20)
+
+
+def judge(**losses: float) -> fusion.Judge:
+    """Every document has 20 tokens; losses are nats a token, noise that all arms share, a little of their own."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 0.5, 60)
+    arms = {
+        arm.replace("_", " "): {
+            "nll": (TOKENS * (loss + shared + rng.normal(0, 0.01, 60))).tolist(),
+            "kl": [1.0] * 60, "right": [1, 0] * 30,
+        }
+        for arm, loss in losses.items()
+    }  # fmt: skip
+    return fusion.Judge([{"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}])
+
+
+def test_differences_are_paired_and_closure_lies_between_host_and_ceiling():
+    j = judge(host=5.0, expert=4.0, ceiling=3.0, grid=4.02)
+    mean, low, high = j.closure("expert")
+    assert mean == pytest.approx(0.5, abs=0.01) and low < mean < high < 0.52
+    assert j.beats("expert", "grid") and not j.beats("grid", "expert"), "0.02 nats, far below the noise they share"
+    assert j.figures("expert")["loss_ratio"] == pytest.approx(3 / 4, abs=0.01)
+    assert j.figures("ceiling")["accuracy"] == 0.5 and j.figures("ceiling")["accuracy_ratio"] is None
+
+
+def test_the_default_is_the_best_mode_that_falls_below_the_host_nowhere():
+    better = {"host": 5.0, "ceiling": 3.0, "expert": 4.0, "grid": 3.2, "mixture": 3.6}
+    worse = {**better, "grid": 5.5, "mixture": 4.5}
+    assert fusion.choose({"a": judge(**better)}, ("grid", "mixture")) == "grid"
+    assert fusion.choose({"a": judge(**better), "b": judge(**worse)}, ("grid", "mixture")) == "mixture"
+
+
+def test_the_bound_is_that_of_every_text():
+    parts = {"host": 4.0, "expert": 3.0, "static_0.5": 3.5, "static_1.0": 3.4, "static_1.5": 3.6}
+    held = judge(**parts, mixture_share_0=3.0 + 0.5 * math.log(5) / 20)
+    assert fusion.bound_excess(held) < 0
+    broken = judge(**parts, mixture_share_0=3.0 + 2.0 * math.log(5) / 20)
+    assert fusion.bound_excess(broken) > 0
+
+
+def test_a_label_is_judged_at_the_first_token_in_which_the_words_differ():
+    task = fusion.Task(("w9 w4", "w9 w5 w6"), [], [], [])
+    ids, at, options = fusion.encode(tiny_tokenizer(), task, fusion.Document("w7 w8 ", 1))
+    assert (ids, at, options) == ([1, 7, 8, 9, 5, 6, 2], 4, [4, 5])
+    assert fusion.encode(tiny_tokenizer(), task, fusion.Document("w7", None)) == ([1, 7, 2], None, [])
