@@ -1,5 +1,6 @@
 """What a fit knows of a model and a text: hidden states before the head, and statistics of its predictions."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -86,6 +87,16 @@ class Calibration:
     def source(self) -> str:
         return fingerprint(self.weight)
 
+    @functools.cached_property
+    def parts(self) -> tuple["Calibration", "Calibration"]:
+        """`split()`, once: heads fitted to the same reading share its statistics."""
+        return self.split()
+
+    @functools.cached_property
+    def statistics(self) -> "Statistics":
+        """`Statistics.of(self)`, once."""
+        return Statistics.of(self)
+
     def split(self, share: float = 0.1) -> tuple["Calibration", "Calibration"]:
         """(the first states, the last ones): to fit, and to judge what was fitted."""
         cut = len(self.states) - max(1, int(share * len(self.states)))
@@ -125,7 +136,7 @@ class Statistics:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, calibration: Calibration, report: Report | None = None) -> Self:
+    def of(cls, calibration: Calibration) -> Self:
         width, d = calibration.weight.shape
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=calibration.weight.device)
         count, states, products = 0, zeros(d), zeros(d, d)
@@ -140,8 +151,6 @@ class Statistics:
             mass += p.double().sum(0)
             curvatures += (smooth * (1 - smooth)).double().sum(0)
             tokens += torch.bincount(labels, minlength=width).to(tokens)
-            if report is not None:
-                report(Progress("statistics", count, len(calibration.states), {}))
         return cls(count, states, products, mass, curvatures, tokens)
 
     def __add__(self, other: "Statistics") -> "Statistics":

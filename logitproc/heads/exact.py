@@ -198,7 +198,18 @@ class ExactHead(Head):
         return {key: int(value) for key, value in self._counts.items()}
 
     def reset_counters(self) -> None:
-        names = ("calls", "rows", "special", "overflow", "ambiguous", "stale", "wide", "uncovered", "first", "second")
+        names = (
+            "calls",
+            "rows",
+            "special",
+            "overflow",
+            "ambiguous",
+            "stale",
+            "wide",
+            "uncovered",
+            "first",
+            "second",
+        )
         self._counts: dict[str, Any] = dict.fromkeys(names, 0)  # survivors are counted on the device
         self._uncertain = torch.zeros(3, dtype=torch.bool)
 

@@ -31,7 +31,7 @@ from .evaluation import evaluate
 from .floors import check_codes, tie_floor_min
 from .head import KINDS, Head, fingerprint, name_of, zeros
 
-_CACHED = 1 << 28  # scores of codes, or teacher posteriors, held at once
+_CACHED = 1 << 27  # scores of codes, or teacher posteriors, held at once
 _POINTS = 1 << 30  # whitened rows held in float32; more of them are held in bfloat16
 _TOKEN_PASSES, _TOKEN_STATES = 10, 4096  # of matching a bias token by token
 SINGLETONS = 0.75  # share of the codes that are given to the commonest tokens
@@ -199,8 +199,8 @@ class VQHead(Head, Artifact):
                 f"The calibration text is too short: {len(calibration.states)} tokens for {codes} codes; give at "
                 "least as many tokens as codes, better ten times."
             )
-        train, held = calibration.split()
-        problem = Problem(train, held, Statistics.of(train, report), codes, seed, report)
+        train, held = calibration.parts
+        problem = Problem(train, held, train.statistics, codes, seed, report)
         if report is not None:  # what no mapping can avoid, before anything is fitted
             least = tie_floor_min(problem.statistics.probability, codes)
             report(Progress("floor", 1, 1, {"minimum": least}))
@@ -501,14 +501,15 @@ def quick_bias(approximate: Tensor, problem: Problem) -> Tensor:
     return bias if problem.train.bias is None else bias + problem.train.bias.double()
 
 
-def matched_bias(codes: Tensor, mapping: Tensor, problem: Problem, passes: int = 100) -> Tensor:
+def matched_bias(codes: Tensor, mapping: Tensor, problem: Problem, passes: int = 100, tolerance: float = 1e-4) -> Tensor:
     """b_v = a_k + ln pi(v | k), [V] float64, such that each code has its dense mass on average: qbar_k = pbar_k.
 
     pi(v | k) = pbar_v / pbar_k is the best constant division of a code. Only the K numbers a are iterated. The
     states are as many of the calibration's as fit in memory with K scores each.
     """
     train = problem.train.first(max(1, _CACHED // len(codes)))
-    statistics = problem.statistics if len(train.states) == problem.statistics.count else Statistics.of(train)
+    whole = len(train.states) == problem.statistics.count
+    statistics = problem.statistics if whole else train.statistics
     exact = torch.promote_types(codes.dtype, torch.float32)
     scores = nn.functional.linear(train.states, codes).to(exact)
     mass = codes_sum(statistics.probability, mapping, len(codes))
@@ -524,7 +525,7 @@ def matched_bias(codes: Tensor, mapping: Tensor, problem: Problem, passes: int =
         error = float((mass * change.abs()).sum())
         if problem.report is not None:
             problem.report(Progress("bias", step, passes, {"error": error}))
-        if error < 1e-6:
+        if error < tolerance:
             break
     pbar = problem.statistics.probability
     return a[mapping] + pbar.log() - codes_sum(pbar, mapping, len(codes)).log()[mapping]
@@ -540,7 +541,7 @@ def group_logsumexp(values: Tensor, mapping: Tensor, codes: int) -> Tensor:
 def _match_tokens(head: VQHead, problem: Problem) -> None:
     """b += ln pbar - ln qbar, token by token, a few times over a few thousand states."""
     train, bias = problem.train.first(_TOKEN_STATES), head._bias()  # changed in place
-    pbar = Statistics.of(train).probability
+    pbar = train.statistics.probability
     for step in range(1, _TOKEN_PASSES + 1):
         total = torch.zeros_like(pbar)
         for states, _, _ in train.logits():
@@ -571,7 +572,7 @@ def distil(
     theta_k . g + alpha_k with g = L^-1 (h - mu) equals c_k . h + a_k. A start without a bias keeps a_k = ln n_k.
     """
     mapping, codes = start.mapping[0].long(), len(start.codes)
-    train = problem.train.first(max(1, 2 * _CACHED // codes))
+    train = problem.train.first(max(1, 4 * _CACHED // codes))
     teacher = torch.cat([codes_sum(z.softmax(-1), mapping, codes).half() for _, _, z in train.logits()])
     root, free = problem.statistics.root, problem.train.bias is None and start.bias is None
     mean = torch.zeros_like(problem.statistics.mean) if free else problem.statistics.mean

@@ -158,7 +158,7 @@ def test_the_matched_bias_gives_every_code_its_dense_mass_and_agrees_with_token_
     statistics = Statistics.of(cal)
     mapping = torch.randint(0, 9, (V,), generator=torch.Generator().manual_seed(0))
     codes = means(cal.weight, torch.ones(V), mapping, 9).float()
-    bias = matched_bias(codes, mapping, problem(cal), passes=2000)
+    bias = matched_bias(codes, mapping, problem(cal), passes=2000, tolerance=1e-7)
     scores = (cal.states @ codes.T).double()[:, mapping]
     cluster = torch.nn.functional.one_hot(mapping, 9).double()
     q = (scores + bias).softmax(-1).mean(0) @ cluster
@@ -302,7 +302,7 @@ def test_parameters_and_bytes_are_counted(heads):
 def test_a_fit_reports_its_progress_and_its_price(cal):
     seen = []
     head = VQHead.fit(Stub(cal), cal, codes=16, report=seen.append)
-    assert {"statistics", "k-means", "bias"} <= {event.stage for event in seen}
+    assert {"floor", "k-means", "bias"} <= {event.stage for event in seen}
     assert all(1 <= event.step <= event.steps for event in seen)
     assert head.about["floors"]["codes"] == 16
     assert head.about["floors"]["minimum"] <= head.about["floors"]["floor"]
