@@ -2,6 +2,7 @@
 
     python eval/heads.py quality --data calibration.txt --held-out other.txt --codes 512 1024 2048 4096 --out runs/heads
     python eval/heads.py timing --shapes llama-3-8b --out runs/heads      random weights in the shapes of known models
+    python eval/heads.py fitting --shapes llama-3-8b --codes 1024 --out runs/heads     how long a fit takes there
     python eval/heads.py exact --held-out other.txt --out runs/heads      real hidden states and adversarial ones
 
 `quality` fits every kind for every number of codes, and the published head with as many numbers as the weighted one has
@@ -47,7 +48,7 @@ from logitproc.heads import (
 
 SHAPES = {
     "llama-3-8b": (128_256, 4096), "qwen2.5-0.5b": (151_936, 896), "tinyllama": (32_000, 2048),
-    "gemma-2-2b": (256_000, 2304),
+    "gemma-2-2b": (256_000, 2304), "base widened": (131_072, 256),
 }  # fmt: skip
 KIND_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("paper", {}), "distilled paper": ("distilled", {"start": "paper"}), "weighted": ("weighted", {}),
@@ -81,13 +82,13 @@ def main(argv: list[str] | None = None) -> int:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies = parser.add_subparsers(dest="study", required=True)
-    for run in (quality, timing, exact):
+    for run in (quality, timing, fitting, exact):
         study = studies.add_parser(run.__name__)
         study.set_defaults(run=run)
         study.add_argument("--out", required=True, metavar="FOLDER")
         study.add_argument("--debug", action="store_true")
         study.add_argument("--repeats", type=int, default=15, help="timed calls a side (default: 15)")
-        if run is timing:
+        if run in (timing, fitting):
             study.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
             study.add_argument("--codes", type=int, nargs="+", default=[4096])
             study.add_argument("--heads", nargs="+", default=["weighted", "int8", "int4", "exact_int8", "exact_nested"])
@@ -212,13 +213,9 @@ def timing(args: argparse.Namespace) -> list[Row]:
     """Time from h to V logits, random weights, batch 1 and 8, beside the byte floor at the measured bandwidth."""
     rows: list[Row] = []
     for shape in args.shapes:
-        width, d = SHAPES[shape]
-        random = torch.Generator().manual_seed(0)
-        weight = torch.empty(width, d, dtype=torch.bfloat16)
-        for block in weight.split(8192):
-            block.normal_(0, d**-0.5, generator=random)
+        weight, random = _random_weight(*SHAPES[shape])
         dense, bandwidth = DenseHead.of(weight), _bandwidth(weight)
-        states = _states_near(weight, random)
+        states = _states_near(weight, random, 64)
         for name, head in _heads(args, weight, random):
             row = {"shape": shape, "head": name, "bytes": head.bytes_per_step(), "dense_bytes": dense.bytes_per_step()}
             for batch in (1, 8):
@@ -228,6 +225,25 @@ def timing(args: argparse.Namespace) -> list[Row]:
             row |= getattr(head, "counters", {})
             rows.append(row)
             print(_table(rows[-1:]), file=sys.stderr)
+    return rows
+
+
+def fitting(args: argparse.Namespace) -> list[Row]:
+    """Seconds of `VQHead.fit`, from 8,192 random states that are given, and the most memory it took."""
+    import resource
+
+    rows: list[Row] = []
+    for shape in args.shapes:
+        weight, random = _random_weight(*SHAPES[shape])
+        states = _states_near(weight, random, 8192)
+        labels = torch.randint(0, len(weight), (8192,), generator=random)
+        reading = Calibration(weight, None, states, labels, {"vocab_size": len(weight)})
+        for codes in args.codes:
+            began = time.perf_counter()
+            report = lambda progress: print(*progress, f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+            VQHead.fit(_Stub(weight), reading, codes=codes, report=report)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            rows.append({"shape": shape, "codes": codes, "seconds": time.perf_counter() - began, "peak_gb": peak})
     return rows
 
 
@@ -259,11 +275,19 @@ def _heads(args: argparse.Namespace, weight: Tensor, random: torch.Generator) ->
                 yield name, other
 
 
-def _states_near(weight: Tensor, random: torch.Generator) -> Tensor:
-    """64 states whose best token stands 5 to 9 standard deviations above the mean logit, as in real contexts."""
-    chosen = torch.randint(0, len(weight), (64,), generator=random)
-    noise = torch.randn(64, weight.shape[1], generator=random)
-    gap = torch.linspace(5, 9, 64)[:, None]
+def _random_weight(width: int, d: int) -> tuple[Tensor, torch.Generator]:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.empty(width, d, dtype=torch.bfloat16)
+    for block in weight.split(8192):
+        block.normal_(0, d**-0.5, generator=random)
+    return weight, random
+
+
+def _states_near(weight: Tensor, random: torch.Generator, n: int) -> Tensor:
+    """n states whose best token stands 5 to 9 standard deviations above the mean logit, as in real contexts."""
+    chosen = torch.randint(0, len(weight), (n,), generator=random)
+    noise = torch.randn(n, weight.shape[1], generator=random)
+    gap = torch.linspace(5, 9, n)[torch.randperm(n, generator=random)][:, None]
     return (noise + gap * weight[chosen].float()).to(weight.dtype)
 
 

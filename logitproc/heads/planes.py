@@ -51,7 +51,7 @@ def rounding(columns: int) -> float:
 @torch.no_grad()
 def split(weight: Tensor) -> Planes:
     """The planes of weight [V, d]; norms in float64, rounded up."""
-    return Planes(*map(torch.cat, zip(*(_split(rows.double()) for rows in weight.split(1024)), strict=True)))
+    return Planes(*map(torch.cat, zip(*(_split(rows.double()) for rows in weight.split(64)), strict=True)))
 
 
 def _split(w: Tensor) -> tuple[Tensor, ...]:

@@ -501,8 +501,10 @@ def quick_bias(approximate: Tensor, problem: Problem) -> Tensor:
     return bias if problem.train.bias is None else bias + problem.train.bias.double()
 
 
-def matched_bias(codes: Tensor, mapping: Tensor, problem: Problem, passes: int = 100, tolerance: float = 1e-4) -> Tensor:
-    """b_v = a_k + ln pi(v | k), [V] float64, such that each code has its dense mass on average: qbar_k = pbar_k.
+def matched_bias(
+    codes: Tensor, mapping: Tensor, problem: Problem, passes: int = 100, tolerance: float = 1e-4
+) -> Tensor:
+    """b_v = a_k + ln pi(v | k), [V] float64, such that each code has its dense mass: qbar_k = pbar_k.
 
     pi(v | k) = pbar_v / pbar_k is the best constant division of a code. Only the K numbers a are iterated. The
     states are as many of the calibration's as fit in memory with K scores each.
