@@ -240,7 +240,7 @@ def fitting(args: argparse.Namespace) -> list[Row]:
         reading = Calibration(weight, None, states, labels, {"vocab_size": len(weight)})
         for codes in args.codes:
             began = time.perf_counter()
-            report = lambda progress: print(*progress, f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+            report = lambda progress, began=began: print(*progress, f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
             VQHead.fit(_Stub(weight), reading, codes=codes, report=report)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             rows.append({"shape": shape, "codes": codes, "seconds": time.perf_counter() - began, "peak_gb": peak})
