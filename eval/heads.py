@@ -41,6 +41,7 @@ from logitproc.heads import (
     ScreenedHead,
     Statistics,
     VQHead,
+    attach,
     evaluate,
     load_converted,
     tie_floor_min,
@@ -55,6 +56,7 @@ KIND_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled": ("distilled", {}), "tiebreak": ("tiebreak", {"rank": 16}), "residual": ("residual", {"books": 2}),
 }  # fmt: skip
 BOUND, SPEED = 1.04, 6.0
+ADVERSARIAL, PROMPTS = 2000, 20  # states, and texts that are generated
 _FLUSH = 256 << 20  # bytes written before a call: far beyond the caches of a core
 
 Row = dict[str, Any]
@@ -89,7 +91,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         study.add_argument("--debug", action="store_true")
         study.add_argument("--repeats", type=int, default=15, help="timed calls a side (default: 15)")
         if run in (timing, fitting):
-            study.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+            study.add_argument("--shapes", nargs="+", default=list(SHAPES))
             study.add_argument("--codes", type=int, nargs="+", default=[4096])
             study.add_argument("--heads", nargs="+", default=["weighted", "int8", "int4", "exact_int8", "exact_nested"])
             continue
@@ -130,7 +132,7 @@ def quality(args: argparse.Namespace) -> list[Row]:
 
     judge("dense", 0, dense, 0.0)
     judge("int8", 0, Int8Head.of(held.weight), 0.0)
-    if width % 16 == 0:
+    if width % 16 == 0 == d % 32:
         judge("int4", 0, Int4Head.of(held.weight), 0.0)
     products = Statistics.of(reading.first(1 << 14)).products
     for kept, best in ((d // 8, width // 64), (d // 4, width // 64)):
@@ -240,8 +242,7 @@ def fitting(args: argparse.Namespace) -> list[Row]:
         reading = Calibration(weight, None, states, labels, {"vocab_size": len(weight)})
         for codes in args.codes:
             began = time.perf_counter()
-            report = lambda progress, began=began: print(*progress, f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
-            VQHead.fit(_Stub(weight), reading, codes=codes, report=report)
+            VQHead.fit(_Stub(weight), reading, codes=codes, report=lambda progress: print(*progress, file=sys.stderr))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             rows.append({"shape": shape, "codes": codes, "seconds": time.perf_counter() - began, "peak_gb": peak})
     return rows
@@ -329,36 +330,71 @@ def _seconds(call: Callable[[Tensor], Any], hidden: Tensor) -> float:
 def exact(args: argparse.Namespace) -> list[Row]:
     """How many greedy tokens of exact heads differ from the dense head's: real states, adversarial ones, generation."""
     held = _readings(args, args.held_out, args.held_out_tokens)
-    rows = []
+    twins = held.weight.clone()
+    twins[1::10] = twins[::10][: len(twins[1::10])]  # every tenth row twice: exact ties
+    cases = (("real", held.weight, held.states), ("adversarial", twins, _adversarial(twins, held.states)))
+    rows: list[Row] = []
     for kind in ("exact_nested", "exact_int8"):
         for dtype in (torch.bfloat16, torch.float32):
-            own = nn.Linear(held.weight.shape[1], len(held.weight), bias=False, dtype=dtype)
-            own.weight = nn.Parameter(held.weight.to(dtype), requires_grad=False)
-            for name, states in (("real", held.states), ("adversarial", _adversarial(held.weight, held.states))):
+            for name, weight, states in cases:
+                own = nn.Linear(1, 1, bias=False)
+                own.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+                own.out_features, own.in_features = weight.shape
                 head = ExactHead.of(own, kind)
-                states = states.to(dtype)
-                wrong = sum(int(head.top(h[None]).argmax() != own(h[None]).argmax()) for h in states)
-                counters = head.counters
-                shares = {key: counters[key] / len(states) for key in ("ambiguous", "overflow", "special")}
-                mean = {f"mean_{key}": counters[key] / len(states) for key in ("first", "second")}
+                wrong = sum(int(head.top(h[None]).argmax() != own(h[None]).argmax()) for h in states.to(dtype))
+                shares = {key: head.counters[key] / len(states) for key in ("ambiguous", "overflow", "special")}
+                mean = {f"mean_{key}": head.counters[key] / len(states) for key in ("first", "second")}
                 rows.append({
                     "head": kind, "dtype": str(dtype)[6:], "states": name, "steps": len(states), "wrong": wrong,
                     **shares, **mean,
                 })  # fmt: skip
                 print(_table(rows[-1:]), file=sys.stderr)
+    return rows + _generations(args)
+
+
+def _generations(args: argparse.Namespace, new: int = 64) -> list[Row]:
+    """Greedy text of the held-out file's beginning in pieces: through exact heads and dense, tokens a second."""
+    from transformers import AutoTokenizer
+
+    source = find_model(args.model)
+    model, tokenizer = load_converted(source, dtype="auto"), AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(Path(args.held_out).read_text(encoding="utf-8")[:20_000], verbose=False)["input_ids"]
+    inputs = [torch.tensor([ids[i * 32 : i * 32 + 32]]) for i in range(min(PROMPTS, len(ids) // 32))]
+
+    def run() -> tuple[list[list[int]], float]:
+        began = time.perf_counter()
+        texts = [
+            model.generate(x, attention_mask=torch.ones_like(x), do_sample=False, max_new_tokens=new)[0].tolist()
+            for x in inputs
+        ]
+        return texts, sum(len(text) - 32 for text in texts) / (time.perf_counter() - began)
+
+    run()
+    expected, dense = run()
+    rows: list[Row] = []
+    for kind in ("exact_nested", "exact_int8"):
+        head = ExactHead.of(model, kind)
+        with attach(model, head):
+            found, rate = run()
+        wrong = sum(a != b for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True))
+        rows.append({
+            "head": kind, "dtype": str(model.dtype)[6:], "states": "generated", "steps": head.counters["rows"],
+            "wrong": wrong, "tokens_per_second": rate, "dense_tokens_per_second": dense,
+        })  # fmt: skip
     return rows
 
 
-def _adversarial(weight: Tensor, states: Tensor, n: int = 2000) -> Tensor:
-    """States between two rows (near and exact ties), with outliers, and very short or long ones."""
+def _adversarial(weight: Tensor, states: Tensor) -> Tensor:
+    """States at which two tokens far above the others have the same logit up to rounding; outliers, tiny, huge ones."""
     random = torch.Generator().manual_seed(0)
-    pairs = torch.randint(0, len(weight), (2, n), generator=random)
-    a, b = weight[pairs[0]].double(), weight[pairs[1]].double()
-    h = states[torch.randint(0, len(states), (n,), generator=random)].double()
-    difference = a - b  # move h to where both tokens have the same logit
-    h = h - difference * ((h * difference).sum(1) / difference.square().sum(1).clamp(min=1e-12))[:, None]
-    h = h + 8 * (a + b) / (a + b).norm(dim=1, keepdim=True).clamp(min=1e-6)
+    pairs = torch.randint(0, len(weight), (2, ADVERSARIAL), generator=random)
+    pairs[1, ::2] = pairs[0, ::2] // 10 * 10 + 1  # half of them beside rows that stand twice
+    a, b = weight[pairs[0]].double(), weight[pairs[1].clamp(max=len(weight) - 1)].double()
+    h = states[torch.randint(0, len(states), (ADVERSARIAL,), generator=random)].double()
     h[::5, 3] += 100
+    h = h + 8 * (a + b) / (a + b).norm(dim=1, keepdim=True).clamp(min=1e-6)
+    difference = a - b
+    h = h - difference * ((h * difference).sum(1) / difference.square().sum(1).clamp(min=1e-12))[:, None]
     h[1::5] *= 1e-3
     h[2::5] *= 1e3
     return h.float()

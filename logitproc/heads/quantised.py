@@ -73,16 +73,23 @@ class Int4Head(Head):
     @torch.no_grad()
     def of(cls, weight: Tensor) -> Self:
         head = cls(weight.shape[1], weight.shape[0])
-        groups = weight.float().unflatten(1, (-1, head.group))
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
-        offset = (low + 8 * scale).bfloat16().float()
-        q = ((groups - offset[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
-        head.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.flatten(1).int(), 1)
-        head.scales.copy_(torch.stack([scale, offset], -1).transpose(0, 1))
+        parts = [_to_int4(rows.float(), head.group) for rows in weight.split(4096)]  # it packs 64 rows at a time
+        head.packed = torch.cat([packed for packed, _ in parts])
+        head.scales.copy_(torch.cat([scales for _, scales in parts], 1))
         return head
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).bfloat16()
         logits = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales)
         return logits.reshape(*hidden.shape[:-1], -1).to(hidden.dtype)
+
+
+def _to_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(packed [n, d / 2], scales and offsets [d / group, n, 2]) of rows [n, d]."""
+    groups = rows.unflatten(1, (-1, group))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
+    offset = (low + 8 * scale).bfloat16().float()
+    q = ((groups - offset[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.flatten(1).int(), 1)
+    return packed, torch.stack([scale, offset], -1).transpose(0, 1)
