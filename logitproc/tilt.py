@@ -19,7 +19,7 @@ from torch import Tensor
 
 Target = Literal["R", "F", "J"]
 HEADROOM = 40.0  # nats; exp(2 * 40) fits float32
-BLOCK = 1 << 16  # scores
+BLOCK = 1 << 17  # scores
 TRIALS = (1.0, 0.5, 0.25, 0.125, 0.03125, 0.00390625)  # the last ones are for peaked rows
 
 

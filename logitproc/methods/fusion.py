@@ -41,7 +41,7 @@ Kind = Literal["level", "shift"]
 FORBIDDEN = -1e30  # a score below it is a mask, whatever finite number a model uses for one
 DEAD = 1e-6  # nats; an expert closer to its base than this says nothing
 GRID = 10  # points a unit
-CACHED = 1 << 19  # scores; on a CPU, rows are solved so many at a time, to stay in its caches
+CACHED = 1 << 21  # scores; on a CPU, rows are solved so many at a time
 
 
 # --- math ---
