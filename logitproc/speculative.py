@@ -20,19 +20,21 @@ from .evidence import gather
 from .processor import as_wide
 
 LONGEST = 16  # tokens of a draft
-_WORTH = 0.3  # a token is drafted while it is accepted at least so often
-_MEMORY = 0.95  # how much of the acceptance counts one round later
+_WORTH = 0.3  # a token is drafted while it stands with at least this chance
+# Chances at first, by how sure the drafter is: its most probable token has less than 1/4, 1/2, 3/4, or more.
+_CHANCES = (0.3, 0.5, 0.7, 0.9)
+_TRIES, _MEMORY = 5.0, 0.95  # what these count for, and how much of what was learned counts a round later
 
 
 @dataclass
 class Speculation:
     """How to draft, and how it went.
 
-    `draft` is the companion that drafts, by default the last one of the chain, which methods make the one that is
-    nearest to what comes out. `tokens` fixes the length of
-    drafts; by default it follows the acceptance: the k-th token is drafted while h^k >= 0.3, h the share of
-    drafted tokens accepted of late. Each `generate` sets the counts to 0 first: `rounds` of draft and
-    verification, tokens `drafted`, those that were `judged` (not after a rejected one) and `accepted`.
+    `draft` is the companion that drafts, by default the last one of the chain, which methods make the one that
+    is nearest to what comes out. `tokens` fixes the length of drafts. By default it follows the acceptance: a
+    token is drafted while it and all before it stand with a chance of 0.3, by what became of tokens of which
+    the drafter was as sure. Each `generate` sets the counts to 0 first: `rounds` of draft and verification,
+    tokens `drafted`, those that were `judged` (not after a rejected one) and `accepted`.
     """
 
     draft: Companion | None = None
@@ -75,7 +77,7 @@ class Decoder:
     def __init__(self, bound: BoundChain, speculation: Speculation, streamer: Any = None):
         self.bound, self.speculation, self.streamer = bound, speculation, streamer
         self.drafter = speculation.drafter(bound.chain)
-        self.hits, self.tries = 0.6, 1.0  # of the recent past
+        self.tallies = [(chance * _TRIES, _TRIES) for chance in _CHANCES]  # accepted, judged
         speculation.rounds = speculation.drafted = speculation.judged = speculation.accepted = 0
 
     def __call__(
@@ -93,13 +95,13 @@ class Decoder:
         self._stream(input_ids)
         while not done:
             known = input_ids.shape[1]
-            count = min(self._draft_length(), generation_config.max_length - known - 1)
-            text, drawn_from, heard = self._draft(input_ids, host.width, logits_processor, count, sampled)
-            raw = self._logits(host, text, count + 1)
+            most = min(self.speculation.tokens or LONGEST, generation_config.max_length - known - 1)
+            text, drawn_from, heard = self._draft(input_ids, host.width, logits_processor, most, sampled)
+            raw = self._logits(host, text, len(drawn_from) + 1)
             scores, positions = self._process(text, raw, logits_processor, heard, evidence)
             kept, token = accept(text[0, known:], drawn_from, scores, sampled)
             evidence = self._gathered(positions, kept, token)
-            self._count(count, kept)
+            self._learn(drawn_from, kept)
             for at, new in enumerate([*text[0, known : known + kept], token]):
                 input_ids = torch.cat([input_ids, new.view(1, 1)], 1)
                 self._stream(new.view(1))
@@ -111,28 +113,34 @@ class Decoder:
         return input_ids
 
     def _draft(
-        self, ids: Tensor, width: int, processors: LogitsProcessorList, count: int, sampled: bool
+        self, ids: Tensor, width: int, processors: LogitsProcessorList, most: int, sampled: bool
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """ids with `count` tokens more, what these were drawn from [count, V], and what companions said.
+        """ids with up to `most` tokens more, what these were drawn from [count, V], and what companions said.
 
         The latter, by id, are logits [1, count + 1, V] after the ids that were and after each new one.
         """
-        logits, drawn_from = [], [torch.empty(0, width, device=ids.device)]
-        for _ in range(count):
+        logits, drawn_from, chance = [], [torch.empty(0, width, device=ids.device)], 1.0
+        while True:
             logits.append(self._logits(self.drafter, ids, 1))
             scores = as_wide(logits[-1][0], width)
             for processor in processors:
                 if processor is not self.bound:
                     scores = processor(ids, scores)
-            drawn_from.append(scores.softmax(-1))
-            token = torch.multinomial(drawn_from[-1], 1) if sampled else scores.argmax(-1, keepdim=True)
+            p = scores.softmax(-1)
+            accepted, judged = self.tallies[sureness(p)[0]]
+            chance *= accepted / judged
+            # Nothing is lost by ending here: what was just computed is needed to verify.
+            if len(logits) > most or (self.speculation.tokens is None and chance < _WORTH):
+                break
+            drawn_from.append(p)
+            token = torch.multinomial(p, 1) if sampled else scores.argmax(-1, keepdim=True)
             ids = torch.cat([ids, token], 1)
         heard = {}
         for companion in self.bound.chain.companions:
-            if companion is self.drafter:  # all positions but the last were scored one by one
-                heard[id(companion)] = torch.cat([*logits, self._logits(companion, ids, 1)], 1)
+            if companion is self.drafter:
+                heard[id(companion)] = torch.cat(logits, 1)
             elif companion.prompt is None:
-                heard[id(companion)] = self._logits(companion, ids, count + 1)
+                heard[id(companion)] = self._logits(companion, ids, len(logits))
         return ids, torch.cat(drawn_from), heard
 
     def _process(
@@ -173,23 +181,29 @@ class Decoder:
         )
         return logits
 
-    def _draft_length(self) -> int:
-        if self.speculation.tokens is not None:
-            return self.speculation.tokens
-        share = min(max(self.hits / self.tries, 0.01), 0.99)
-        return max(1, min(LONGEST, int(math.log(_WORTH) / math.log(share))))
-
-    def _count(self, drafted: int, kept: int) -> None:
-        judged = min(kept + 1, drafted)  # what comes after a rejection was not
-        self.hits, self.tries = _MEMORY * self.hits + kept, _MEMORY * self.tries + judged
+    def _learn(self, drawn_from: Tensor, kept: int) -> None:
+        """Count what became of a draft, and let what was learned fade."""
+        judged = min(kept + 1, len(drawn_from))  # what comes after a rejection was not
+        self.tallies = [
+            (_MEMORY * accepted + (1 - _MEMORY) * chance * _TRIES, _MEMORY * tries + (1 - _MEMORY) * _TRIES)
+            for (accepted, tries), chance in zip(self.tallies, _CHANCES, strict=True)
+        ]
+        for at, sure in enumerate(sureness(drawn_from[:judged])):
+            accepted, tries = self.tallies[sure]
+            self.tallies[sure] = accepted + (at < kept), tries + 1
         self.speculation.rounds += 1
-        self.speculation.drafted += drafted
+        self.speculation.drafted += len(drawn_from)
         self.speculation.judged += judged
         self.speculation.accepted += kept
 
     def _stream(self, tokens: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
+
+
+def sureness(p: Tensor) -> list[int]:
+    """Which quarter the largest probability of each row [rows, V] is in, 0 to 3."""
+    return (4 * p.amax(-1)).long().clamp(max=len(_CHANCES) - 1).tolist()
 
 
 def accept(drafted: Tensor, drawn_from: Tensor, scores: Tensor, sampled: bool) -> tuple[int, Tensor]:
