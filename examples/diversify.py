@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import logitproc as lp
 
-ROUNDS, PROMPT, FOLDER = 6, "The captain looked at", "my-ledger"
+ROUNDS, PROMPT, FOLDER = 4, "The captain looked at", "my-ledger"
 
 model = AutoModelForCausalLM.from_pretrained(lp.pocket("base"))
 tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
