@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import logitproc as lp
 
 names = dict(zip(("expert", "base"), sys.argv[1:], strict=False))
-expert = lp.Companion.load(names.get("expert", "mini-expert"))
+expert = lp.Companion.load(names.get("expert", "mini-dpo"))
 small = lp.Companion.load(names.get("base", "mini"))  # what the expert was before it was fine-tuned
 
 model = AutoModelForCausalLM.from_pretrained(lp.pocket("base"))
 tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
-inputs = tokenizer(["police", "the president", "new study"], return_tensors="pt", padding=True)
+inputs = tokenizer(["The road was long", "I never", "She said"], return_tensors="pt", padding=True)
 
 for mode in (None, "static", "newton", "mixture"):
     set_seed(0)

@@ -62,11 +62,11 @@ def test_the_alignment_example_runs(folder):
 
 
 def test_the_fusion_example_runs(folder):
-    output = run(folder, sys.executable, str(ROOT / "examples/fuse.py"), "mini", "mini")
+    output = run(folder, sys.executable, str(ROOT / "examples/fuse.py"))
     lines = [line.partition(": ") for line in output.splitlines() if ": " in line]
     texts = {mode: [text for m, _, text in lines if m == mode] for mode, *_ in lines}
     assert set(texts) == {"base alone", "static", "newton", "mixture"} and all(len(t) == 3 for t in texts.values())
-    assert texts["newton"] == texts["static"] == texts["base alone"], "mini has nothing to teach over mini"
+    assert len({tuple(t) for t in texts.values()}) > 1, "the expert makes itself felt"
 
 
 def test_the_commands_of_the_readme_run(folder):

@@ -280,8 +280,8 @@ class DynamicFusionLogitsProcessor(Processor):
 
     Example:
         >>> import logitproc as lp
-        >>> spec = [{"name": "fusion", "expert": "mini-expert", "base": "mini"}]
-        >>> chain = lp.Chain.from_spec(spec)  # doctest: +SKIP
+        >>> spec = [{"name": "fusion", "expert": "mini-dpo", "base": "mini"}]
+        >>> chain = lp.Chain.from_spec(spec)
     """
 
     expert: Companion | Sequence[Companion]
