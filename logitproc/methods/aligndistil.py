@@ -60,8 +60,8 @@ def teacher(
 
     Scores plus, minus, anchor [..., V], nats up to a constant a row: logits and log-probabilities give the
     same. Leading axes are any rows: [rows, V] while decoding, [sequences, tokens, V] in training.
-    a = coefficient, or r TVD + eps for "adaptive", in [eps, r + eps]; then clamped;
-    then lowered to where KL(pi* || pi_anchor) = kl_cap, the anchor being taken with its mask and weight.
+    a = coefficient, or r TVD + eps for "adaptive", in [eps, r + eps]; then clamped; then lowered to where
+    KL(pi* || pi_anchor) = kl_cap, the anchor being taken with its mask and weight.
 
     -inf: a token forbidden in anchor or plus is forbidden in pi*; one forbidden in minus alone has d = 0; the
     TVD is that of the tokens all three allow, renormalised. Tokens with pi_anchor < plausibility max pi_anchor
@@ -127,8 +127,8 @@ class AlignDistilLogitsProcessor(Processor):
     """Push a model further along the direction from one companion to another, token by token.
 
     scores [rows, width] -> log pi* [rows, width], see the module's docstring and `teacher`. A model that is
-    not given is the host, the model that generates. Names and settings of published methods, to be written
-    after `aligndistil:`; the options not named in a row are off, that is plausibility=0:
+    not given is the host, the model that generates. Published methods are settings, to be written after
+    `--proc aligndistil:` or as keys in YAML; a row that names no plausibility has plausibility=0:
 
         AlignDistil                      reverse=REVERSE                     the host is the DPO model
         ... on a larger model            dpo=DPO,reverse=REVERSE             the host is any base
@@ -160,7 +160,8 @@ class AlignDistilLogitsProcessor(Processor):
     outside its range and when neither dpo nor reverse is given. Source: arXiv:2503.02832, eqs. (8) to (19).
 
     Cost per token: one forward of each companion, and a few passes over their scores. The coefficient depends
-    on the tokens so far only, so beams, assisted decoding and batches of any kind are safe.
+    on the tokens so far only, so beams, assisted decoding and batches of any kind are safe. Rounding of the
+    companions' scores is amplified 1 + 2a times: for a large a load them as {model: NAME, dtype: float32}.
 
     Example:
         >>> import logitproc as lp
