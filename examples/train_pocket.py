@@ -334,8 +334,8 @@ step, seed {seed}); every twentieth document of every source is held out.
 |---|---|---|---|
 {sources}
 
-Not in the training text: Don Quixote, the news headlines and the arXiv category {excluded}, which the studies
-steer to.
+Not in the training text of these two: Don Quixote, the news headlines and the arXiv category {excluded}, which
+the studies steer to.
 
 ## Held-out figures
 

@@ -12,7 +12,7 @@ from logitproc.scoring import score_corpus
 
 # Written for this test, so in nobody's training text.
 PLAIN = "The children ran down to the river, and their mother called after them from the door of the house."
-MODELS = ("base", "mini", "mini-dpo", "mini-reverse-dpo")
+MODELS = ("base", "mini", "mini-dpo", "mini-reverse-dpo")  # and mini-expert, which writes headlines only
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -57,6 +57,18 @@ def test_the_quixote_prior_knows_its_hero():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(LookupError, match="Did you mean 'base'"):
         lp.pocket("bas")
+
+
+def test_the_expert_finds_a_headline_likelier():
+    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("mini-expert"))
+    headline = "football star wife arrested police new york home photos"  # as the addresses have them
+
+    def nll(name: str) -> float:
+        model = AutoModelForCausalLM.from_pretrained(lp.pocket(name), dtype=torch.float32)
+        report = score_corpus(model, tokenizer, lp.Chain(), [headline], context=128, stride=64, divergence=False)
+        return report.mean["nll"]
+
+    assert nll("mini-expert") < nll("mini") - 0.5
 
 
 def test_the_preference_pair_disagrees_about_short_words():
