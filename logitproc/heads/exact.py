@@ -24,6 +24,7 @@ from .planes import GROUP, HIGH, LOW, round_states, rounding, scores, split
 Mode = Literal["checked", "deferred"]
 MODES = ("checked", "deferred")
 SEEDS, FINALISTS = 64, 32  # rows read for the threshold, and for the decision
+_TINY = 1e-18  # a state so short counts as zero
 _BOUNDS = ("first", "second", "norms")
 # Settings of `generate` that change or mix logits before the winner is chosen, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -52,8 +53,9 @@ class ExactHead(Head):
     Exact means: the winner (lowest id of several) is that of the model's own matrix product in its dtype, for every
     order of summation whose error is at most gamma sum |h_i w_i| with gamma = 2 (d + 8) 2^-24, as float32 accumulation
     has it. Where rounding could decide otherwise, the dense product is computed: a call is a fallback when its winner
-    is `ambiguous`, more tokens survive than `capacity` (`overflow`), the state is zero or not finite (`special`), more
-    than `max_rows` states come at once (`wide`), or W changed after the planes were made (`stale`: `refresh()`).
+    is `ambiguous`, more tokens survive than `capacity` (`overflow`), the state is next to zero, not finite or so long
+    that float32 overflows (`special`), more than `max_rows` states come at once (`wide`), or W changed after the planes
+    were made (`stale`: `refresh()`).
 
     m           how many best logits are promised; the others may be -inf
     mode        "checked" decides on fallback at each step; "deferred" never waits for the device: it returns what it
@@ -218,7 +220,6 @@ class ExactHead(Head):
     def _search(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(logits [b, V], flags [b, 3]: special, overflow, ambiguous); no shape depends on what is found."""
         states = round_states(hidden)
-        special = ~torch.isfinite(hidden).all(1) | (hidden == 0).all(1)
         y = scores(self.high, self.scales, states, HIGH)
         if not self.nested:
             y += scores(self.low, self.scales, states, LOW)
@@ -228,6 +229,8 @@ class ExactHead(Head):
         best = self._true(hidden, seeds)
         threshold = best[0].topk(self.m).values[:, -1:]
         upper = y + self._error(states, "first" if self.nested else "second")
+        # Where float32 underflows or overflows, its errors are not relative: nothing is proved.
+        special = ~torch.isfinite(hidden).all(1) | (states.norms < _TINY) | ~torch.isfinite(upper).all(1)
         overflow = torch.zeros_like(special)
         if self.nested:
             ids, over, survivors = self._survivors(upper, threshold, self.capacity)

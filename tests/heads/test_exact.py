@@ -193,8 +193,11 @@ def test_what_cannot_be_certified_is_computed_densely_and_counted():
     odd[0], odd[1, 2], odd[2, 3] = 0, torch.inf, torch.nan
     assert torch.equal(head.top(odd)[:3].nan_to_num(), own(odd)[:3].nan_to_num())
     assert head.counters["special"] == 3
+    for scale in (1e-30, 1e37):
+        assert torch.equal(head.top(h[3:4] * scale).nan_to_num(), own(h[3:4] * scale).nan_to_num())
+    assert head.counters["special"] == 5
     assert torch.equal(head.top(h), own(h)) and head.counters["wide"] == 1
-    assert head.counters["calls"] == 2 and head.counters["rows"] == 24
+    assert head.counters["calls"] == 4 and head.counters["rows"] == 26
     head.reset_counters()
     assert not any(head.counters.values())
 
