@@ -1,8 +1,10 @@
 """Speculative decoding is lossless: the same text if greedy, the same distribution if sampled."""
 
+import importlib.util
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -307,3 +309,33 @@ def test_a_decoder_stands_in_for_the_loop_of_model_generate(model):
         max_new_tokens=9, custom_generate=Decoder(bound, Speculation()),
     )  # fmt: skip
     assert torch.equal(out, run(model, chain, max_new_tokens=9))
+
+
+# --- the study ---
+
+
+def study():
+    path = Path(lp.__file__).parent.parent / "eval" / "speculative.py"
+    spec = importlib.util.spec_from_file_location("speculation_study", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_costlier_host_has_the_very_distribution_of_the_model():
+    made = make_model()
+    deeper = study().costlier(made, 9)
+    assert len(deeper.model.layers) == 9 and len(made.model.layers) == 3
+    ids = texts(2, 7)
+    assert torch.equal(deeper(ids).logits, made(ids).logits)
+    assert torch.equal(deeper.generate(ids, max_new_tokens=5), made.generate(ids, max_new_tokens=5))
+
+
+def test_the_verdict_asks_for_what_the_rules_say():
+    row = {"host_ms": 8.0, "small_ms": 4.0, "mode": "newton"}  # each of the two costs a quarter of the host
+    rows = [{**row, "draft": "plain", "speed": 1 / 1.5}, {**row, "draft": "adapts", "speed": 1.1}]
+    assert study().verdicts(rows, "newton") == (
+        "   newton: plain costs 1.50 of alone, allowed 1.58; speculative x1.10 at host/small 4.0 holds"
+    )
+    rows[0]["speed"], rows[1]["speed"] = 1 / 1.6, 0.9
+    assert study().verdicts(rows, "newton").count("MISSED") == study().verdicts(rows, "newton").count("FAILS") == 1
