@@ -159,7 +159,7 @@ class Companion:
     def width(self) -> int:
         """How many tokens it scores."""
         head = self.model.get_output_embeddings()
-        return self.model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+        return getattr(head, "out_features", None) or self.model.config.get_text_config().vocab_size
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights`, `cache` and `logits`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from .chain import BoundChain, Chain
+from .companion import Companion
 from .speculative import Decoder, Speculation
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -52,9 +54,16 @@ def generate(
         prompt = kwargs.get("inputs")
     if model.config.is_encoder_decoder:  # and its prompt is not what processors see
         prompt = None
-    if chain.companions:
-        new, longest = setting("max_new_tokens"), setting("max_length")
-        _check_companions(chain, model, prompt, mask, new, longest, bool(speculative))
+    speculation = Speculation() if speculative is True else speculative or None
+    companions = chain.companions
+    if speculation:
+        _check_speculation(prompt, beams, assisted, setting)
+        draft = speculation.drafter(chain)
+        if draft not in companions:
+            _check_fit(draft, _width(model), tokenizer)
+            companions.append(draft)
+    if companions:
+        _check_prompt(companions, model, prompt, mask, setting, needed=bool(speculation))
     if beams and config is not None:  # beam scores are sums of log-probabilities
         kwargs["generation_config"] = copy.deepcopy(config)
         kwargs["generation_config"].renormalize_logits = True
@@ -68,13 +77,11 @@ def generate(
         bound: Chain | BoundChain = chain.bind(prompt, mask)
     else:  # inputs_embeds and encoders: the history that arrives holds generated ids only
         bound = chain
-    if speculative:
-        _check_speculation(prompt, beams, assisted, setting)
+    if speculation:
         assert isinstance(bound, BoundChain)  # there is a prompt of tokens
-        speculation = Speculation() if speculative is True else speculative
         kwargs["custom_generate"] = Decoder(bound, speculation, kwargs.pop("streamer", None))
     with contextlib.ExitStack() as stack:
-        if not (beams or assisted or speculative):  # each step continues the one before
+        if not (beams or assisted or speculation):  # each step continues the one before
             for companion in chain.companions:
                 if companion.device.type == "cuda":
                     stack.enter_context(companion.lagging())
@@ -83,25 +90,37 @@ def generate(
         )
 
 
-def _check_companions(
-    chain: Chain, model: PreTrainedModel, prompt: Tensor | None, mask: Tensor | None, new: int | None,
-    longest: int | None, speculative: bool,
+def _check_prompt(
+    companions: list[Companion], model: PreTrainedModel, prompt: Tensor | None, mask: Tensor | None,
+    setting: Callable[[str], Any], needed: bool,
 ) -> None:  # fmt: skip
-    """Raise ValueError for a prompt that companions cannot read."""
+    """Raise ValueError for a prompt that companions cannot read, or not to the end of what is asked for."""
     if prompt is None:
         kind = "an encoder-decoder" if model.config.is_encoder_decoder else "a prompt of embeddings"
-        raise ValueError(f"Companions read the tokens of the prompt, and {kind} shows them none; pass input_ids to "
-                         "a decoder-only model.")  # fmt: skip
+        raise ValueError(
+            f"Companions read the tokens of the prompt, and {kind} shows them none; pass input_ids to a "
+            "decoder-only model."
+        )
     if mask is not None and bool((mask[:, -1] == 0).any()):
         raise ValueError("A prompt ends in padding; pad prompts on the left (padding_side='left').")
-    length = int(mask.sum(1).max()) if mask is not None else prompt.shape[1]
-    for companion in chain.companions:
+    length, new = prompt.shape[1] if mask is None else int(mask.sum(1).max()), setting("max_new_tokens")
+    total = max(setting("max_length") or 0, length + 1) if new is None else length + new
+    for companion in companions:
         if companion.prompt is None:
-            total = length + new if new is not None else max(longest or 0, length + 1)
-            companion.check_length(total, needed=speculative)
+            companion.check_length(total, needed=needed)
 
 
-def _check_speculation(prompt: Tensor | None, beams: bool, assisted: bool, setting: Any) -> None:
+def _check_fit(draft: Companion, width: int | None, tokenizer: Any) -> None:
+    """Raise ValueError for a draft of another vocabulary; those of the chain are checked with it."""
+    if tokenizer is not None:
+        draft.check_tokenizer(tokenizer)
+    if width is not None:
+        draft.check_width(width)
+
+
+def _check_speculation(
+    prompt: Tensor | None, beams: bool, assisted: bool, setting: Callable[[str], Any]
+) -> None:
     """Raise ValueError for what speculative decoding does not do."""
     rows = 0 if prompt is None else prompt.shape[0] * (setting("num_return_sequences") or 1)
     if beams or rows != 1:
@@ -126,7 +145,9 @@ def _assumed_mask(prompt: Tensor, pad: int | None, eos: int | list[int] | None) 
 
 def _width(model: PreTrainedModel) -> int | None:
     head = model.get_output_embeddings()
-    return getattr(head, "out_features", None)  # of a linear layer and of a `Head`; None where there is neither
+    return getattr(
+        head, "out_features", None
+    )  # of a linear layer and of a `Head`; None where there is neither
 
 
 def seed_everything(seed: int) -> None:

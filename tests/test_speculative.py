@@ -133,6 +133,11 @@ def test_a_draft_that_stands_outside_of_the_chain(model):
     assert torch.equal(run(model, nothing, speculative=speculation), run(model, nothing))
     with pytest.raises(ValueError, match="give it a draft model"):
         run(model, nothing, speculative=True)
+    other = Speculation(draft=Companion(make_model(), tiny_tokenizer(eos_token="w5")))
+    with pytest.raises(ValueError, match="another tokenizer: eos_token_id"):
+        run(model, nothing, speculative=other, tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="reads 16 tokens"):
+        run(model, nothing, speculative=Speculation(draft=Companion(make_model(context=16))))
 
 
 # --- how much is drafted ---
@@ -338,4 +343,8 @@ def test_the_verdict_asks_for_what_the_rules_say():
         "   newton: plain costs 1.50 of alone, allowed 1.58; speculative x1.10 at host/small 4.0 holds"
     )
     rows[0]["speed"], rows[1]["speed"] = 1 / 1.6, 0.9
-    assert study().verdicts(rows, "newton").count("MISSED") == study().verdicts(rows, "newton").count("FAILS") == 1
+    assert (
+        study().verdicts(rows, "newton").count("MISSED")
+        == study().verdicts(rows, "newton").count("FAILS")
+        == 1
+    )
