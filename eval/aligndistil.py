@@ -136,6 +136,10 @@ class Bench:
         return records
 
 
+def text_file(out: Path, name: str, seed: int) -> Path:
+    return out / "texts" / f"{name.replace(' ', '_')}_{seed}.jsonl"
+
+
 def sentence_ends(tokenizer: Any) -> list[int]:
     """As `examples/fine_tune_pocket.py` has it."""
     import re
@@ -147,7 +151,7 @@ def run(out: Path, names: Iterable[str]) -> None:
     bench, known = Bench(PROMPTS.read_text(encoding="utf-8").splitlines()), arms()
     for name in names:
         for seed in SEEDS:
-            file = out / "texts" / f"{name.replace(' ', '_')}_{seed}.jsonl"
+            file = text_file(out, name, seed)
             if file.exists():
                 continue
             clock = time.time()
@@ -167,8 +171,7 @@ class Arm:
     def __init__(self, out: Path, name: str):
         self.rows: list[dict[str, Any]] = []
         for seed in SEEDS:
-            file = out / "texts" / f"{name.replace(' ', '_')}_{seed}.jsonl"
-            self.rows += map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            self.rows += map(json.loads, text_file(out, name, seed).read_text(encoding="utf-8").splitlines())
         count = len(self.rows) // len(SEEDS)
         self.seeds = [self.rows[i * count : (i + 1) * count] for i in range(len(SEEDS))]
 
@@ -219,7 +222,9 @@ def compare(one: Curve, other: Curve) -> dict[str, Any]:
 
 
 def report(out: Path) -> dict[str, Any]:
-    every = {name: Arm(out, name) for name in arms()}
+    """Figures and verdicts of the arms that were run with all seeds."""
+    done = [name for name in arms() if all(text_file(out, name, seed).exists() for seed in SEEDS)]
+    every = {name: Arm(out, name) for name in done}
     figures = {name: arm.figures() for name, arm in every.items()}
     family = lambda name, mask: [arm for key, arm in every.items() if split(key)[::2] == (name, mask)]
     result: dict[str, Any] = {"figures": figures, "comparisons": {}, "against_dpo": {}}
@@ -227,6 +232,8 @@ def report(out: Path) -> dict[str, Any]:
     pairs += [("kl_cap", "adaptive", 0.0), ("constant", "dera", 0.0), ("base adaptive", "base constant", 0.0)]
     for one, other, mask in pairs:
         start = "base reference" if one.startswith("base") else "dpo"
+        if not (family(start, mask) and family(one, mask) and family(other, mask)):
+            continue  # not run
         curves = [Curve(family(start, mask) + family(name, mask)) for name in (one, other)]
         result["comparisons"][f"{one} - {other}, plausibility {mask:g}"] = compare(*curves)
     for name, arm in every.items():

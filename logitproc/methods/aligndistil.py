@@ -128,7 +128,7 @@ class AlignDistilLogitsProcessor(Processor):
 
     scores [rows, width] -> log pi* [rows, width], see the module's docstring and `teacher`. A model that is
     not given is the host, the model that generates. Published methods are settings, to be written after
-    `--proc aligndistil:` or as keys in YAML; a row that names no plausibility has plausibility=0:
+    `--proc aligndistil:` or as keys in YAML:
 
         AlignDistil                      reverse=REVERSE                     the host is the DPO model
         ... on a larger model            dpo=DPO,reverse=REVERSE             the host is any base
@@ -147,7 +147,7 @@ class AlignDistilLogitsProcessor(Processor):
         dpo: the model to go towards.
         anchor: "host" or "dpo", the distribution that is extrapolated.
         coefficient: "adaptive" for a = r TVD + eps, or the constant a.
-        r, eps: of the adaptive coefficient; a lies in [eps, r + eps].
+        r, eps: of the adaptive coefficient; a lies in [eps, r + eps]. r = 1 was chosen by `eval/aligndistil.py`.
         tvd_units: "paper" has TVD in [0, 1], "code" in [0, 2]; `r_from_code_beta2` gives r for the former.
         clamp: (low, high) bounds of a.
         kl_cap: a is lowered to where one token moves the anchor by so many nats of KL(pi* || pi_anchor).
@@ -156,7 +156,7 @@ class AlignDistilLogitsProcessor(Processor):
         anchor_weight: u in [0, 1].
         host_top_p: the nucleus of the host that is kept before anything else.
 
-    coefficient=0,plausibility=0 returns the scores bit for bit. Raises ValueError for a parameter
+    coefficient=0 alone returns the scores bit for bit. Raises ValueError for a parameter
     outside its range and when neither dpo nor reverse is given. Source: arXiv:2503.02832, eqs. (8) to (19).
 
     Cost per token: one forward of each companion, and a few passes over their scores. The coefficient depends
@@ -178,7 +178,7 @@ class AlignDistilLogitsProcessor(Processor):
     tvd_units: Literal["paper", "code"] = "paper"
     clamp: tuple[float, float] | None = None
     kl_cap: float | None = None
-    plausibility: float = 0.1
+    plausibility: float = 0.0
     anchor_weight: float = 1.0
     host_top_p: float = 1.0
 
@@ -219,17 +219,17 @@ class AlignDistilLogitsProcessor(Processor):
 
     @classmethod
     def neutral(cls, width: int) -> Self:
-        return cls(tiny_companion(width), coefficient=0.0, plausibility=0.0)
+        return cls(tiny_companion(width), coefficient=0.0)
 
     @classmethod
     def variants(cls, width: int) -> dict[str, Processor]:
         one, two = tiny_companion(width), tiny_companion(width, seed=1)
         return {
-            "adaptive": cls(one, tvd_units="code", clamp=(0.1, 1.5), plausibility=0.0),
-            "anchor dpo": cls(one, two, anchor="dpo", r=2.0),
+            "adaptive": cls(one, tvd_units="code", clamp=(0.1, 1.5)),
+            "anchor dpo": cls(one, two, anchor="dpo", r=2.0, plausibility=0.1),
             "weak to strong": cls(one, two, coefficient=1.0, host_top_p=0.9),
             "reference": cls(dpo=two, kl_cap=0.2),
-            "contrastive": cls(one, coefficient=1.0, anchor_weight=0.0),
+            "contrastive": cls(one, coefficient=1.0, anchor_weight=0.0, plausibility=0.1),
         }
 
     def step(self, tokens: Tensor, scores: Tensor, *companion_scores: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def pair() -> tuple[Companion, Companion]:
 
 
 def processed(host: Tensor, **settings) -> Tensor:
-    return AlignDistilLogitsProcessor(**{"plausibility": 0.0} | settings)(IDS, host)
+    return AlignDistilLogitsProcessor(**settings)(IDS, host)
 
 
 @pytest.fixture
@@ -275,14 +275,14 @@ def test_classifier_free_guidance_equals_that_of_transformers():
     guided = UnbatchedClassifierFreeGuidanceLogitsProcessor(
         gamma, model, unconditional_ids=torch.tensor([without]), use_cache=False
     )
-    chain = lp.Chain([AlignDistilLogitsProcessor(companion, coefficient=gamma - 1, plausibility=0.0)])
+    chain = lp.Chain([AlignDistilLogitsProcessor(companion, coefficient=gamma - 1)])
     ids, bound = prompt, chain.bind(prompt)
     for _ in range(3):
         logits = model(ids).logits[:, -1].detach()
         ours, theirs = bound(ids, logits), guided(ids, logits).detach().log_softmax(-1)
         close(ours, theirs, 1e-4)
         ids = torch.cat([ids, ours.argmax(-1, keepdim=True)], 1)
-    one = lp.Chain([AlignDistilLogitsProcessor(companion, coefficient=0.0, plausibility=0.0)])
+    one = lp.Chain([AlignDistilLogitsProcessor(companion, coefficient=0.0)])
     assert torch.equal(one.bind(prompt)(ids, logits), logits)
 
 
