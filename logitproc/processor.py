@@ -149,6 +149,8 @@ class Processor(LogitsProcessor):
 
         [rows, width] each, after the last token; with `positions` [rows, positions, width], after the last ones.
         """
+        if not self.companions:  # most methods, at every step
+            return []
         mask = None if generated is None else history >= 0
         found = [companion(history, mask, positions, generated) for companion in self.auxiliaries()]
         said = [as_wide(part, width) for part in found if part is not None]
