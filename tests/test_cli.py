@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import logitproc as lp
-from logitproc import bundled, cli, generation, registry
+from logitproc import bundled, cli, companion, generation, registry
 from logitproc.artifact import describe_tokenizer
 
 TEXT = "the knight rode down the road and the road was long and the knight was old\n" * 3
@@ -629,7 +630,8 @@ def test_demo_without_the_bundle_is_one_sentence(refused, monkeypatch, tmp_path)
 FUSION = "fusion:expert=mini,base=base,mode=static"
 
 
-def test_companions_load_once_by_name_with_a_line_each(run):
+def test_companions_load_once_by_name_with_a_line_each(run, monkeypatch):
+    monkeypatch.setattr(companion, "_loaded", weakref.WeakValueDictionary())  # whatever else is in use
     arguments = ["generate", "--prompt", "the old", "--max-new-tokens", 8]
     status, plain, _ = run(*arguments)
     status, out, err = run(*arguments, "--proc", FUSION, "--proc", "aligndistil:reverse=mini")

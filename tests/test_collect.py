@@ -212,12 +212,16 @@ def test_async_makes_every_item_once(tmp_path):
 
 def test_killed_at_random_moments_and_resumed_it_equals_the_uninterrupted_run(tmp_path, monkeypatch):
     """Twenty SIGKILLs while the collection runs, then one start that ends by itself."""
-    wanted = job(items_per_label=120, generation={"max_new_tokens": 2, "temperature": 1.5})  # with duplicates
+    wanted = job(items_per_label=240, generation={"max_new_tokens": 2, "temperature": 1.5})  # with duplicates
     folder, log = tmp_path / "run", tmp_path / "run" / "items-0.jsonl"
 
     def start(folder: Path) -> int:
         collect(wanted, folder, tiny_model(), tiny_tokenizer())
         return 0
+
+    began = time.monotonic()
+    assert exit_status(forked(lambda: start(tmp_path / "whole"), tmp_path / "log")) == 0
+    pause = (time.monotonic() - began) / 40  # so that twenty of them do not last as long as the work
 
     size = lambda: log.stat().st_size if log.exists() else 0
     draws, found = random.Random(0), []
@@ -228,17 +232,16 @@ def test_killed_at_random_moments_and_resumed_it_equals_the_uninterrupted_run(tm
         while kill % 4 and size() == before:  # three of four get to write something
             time.sleep(0.001)
             assert os.waitpid(process, os.WNOHANG) == (0, 0), (tmp_path / "log").read_text()
-        time.sleep(draws.uniform(0, 0.05))
+        time.sleep(draws.uniform(0, pause))
         os.kill(process, signal.SIGKILL)
         assert exit_status(process) == -signal.SIGKILL  # it was not done yet
         found.append(size())
     assert exit_status(forked(lambda: start(folder), tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     assert len(set(found)) > 12  # the kills came at different points
 
-    start(tmp_path / "whole")
     assert (folder / "data.jsonl").read_bytes() == (tmp_path / "whole" / "data.jsonl").read_bytes()
     items = list(read_items(folder / "data.jsonl"))
-    assert len(items) == 240 and consistent(folder, items)
+    assert len(items) == 480 and consistent(folder, items)
     lines = Counter((line["id"], line["attempt"]) for line in read_items(log))
     assert set(lines.values()) == {1}  # nothing was written twice on the way
     assert any(item["attempt"] for item in items)
@@ -604,7 +607,7 @@ def command(here, tmp_path, capsys, monkeypatch):
         (["chain=[{name: supression}]"], "Unknown method 'supression'. Did you mean 'suppression'"),
         (["chain=[{name: suppression, rul: paper}]"], "Unknown parameter of 'suppression' 'rul'. Did you mean 'rule'"),
         (["chain=[{rule: paper}]"], "Each processor of the chain needs a name"),
-        (["chain=[{name: suppression, ledger: other-ledger}]"], "was fitted for the tokenizer"),
+        (["chain=[{name: suppression, rule: paper, ledger: other-ledger}]"], "was fitted for the tokenizer"),
         (["sync=sometimes"], "sync must be one of round, async, got 'sometimes'"),
         (["batch_size=0"], "batch_size must be a number at least 1, got 0"),
         (["generation.temperature=0"], "generation.temperature must be a number in [0.01, 100], got 0"),
