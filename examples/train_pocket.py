@@ -148,7 +148,7 @@ def load_tokenizer(out: Path):
 
 
 def token_streams(data: Path, out: Path) -> dict[str, np.ndarray]:
-    """Training documents of each source as one stream `<s> document </s> <s> ...`, cached in OUT."""
+    """Training documents of each source as one stream `document </s> document </s> ...`, cached in OUT."""
     cache = out / "tokens.npz"
     if not cache.exists():
         tokenizer, streams = load_tokenizer(out), {}
