@@ -423,10 +423,14 @@ def _plot(rows: list[Row], path: Path) -> None:
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
     paper = [row for row in rows if row["head"] == "paper"]
     floors = [(row["speedup"], 2.718281828 ** row["floor_min"]) for row in paper]
-    axes.plot(*zip(*sorted(floors), strict=True), "k:", label="exp(floor_min), at the speed of paper")
+    if floors:
+        axes.plot(*zip(*sorted(floors), strict=True), "k:", label="exp(floor_min), at the speed of paper")
     axes.axhline(BOUND, color="grey", linewidth=0.8)
     axes.axvline(SPEED, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="speed-up over the dense head, batch 1", ylabel="perplexity / dense")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
