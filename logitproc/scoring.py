@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
+from . import ops
 from .chain import Chain, asks, histories
 
 LOSSES = ("base_nll", "nll")
@@ -192,8 +193,8 @@ def compare(base: Tensor, processed: Tensor, target: Tensor, divergence: bool = 
     which neither overflows nor loses small divergences, and is exactly 0 for equal scores. A weight of 0
     makes its term 0, whatever d is. Sums over the vocabulary are float64.
     """
-    base_nll = cross_entropy(base, target, reduction="none")
-    nll = base_nll if processed is base else cross_entropy(processed, target, reduction="none")
+    base_nll = ops.nll(base, target)
+    nll = base_nll if processed is base else ops.nll(processed, target)
     result = {"base_nll": base_nll, "nll": nll}
     if not divergence:
         return result

@@ -1,7 +1,18 @@
-"""Operations on distributions that several methods share, in plain torch. Rows are the last axis."""
+"""Operations on scores in plain torch: what each kernel of the same name must return. Rows are the last axis."""
 
 import torch
 from torch import Tensor
+
+from .dispatch import op
+
+
+@op
+def nll(scores: Tensor, target: Tensor) -> Tensor:
+    """-ln softmax(scores)[target], nats: scores [rows, V], target int64 [rows] -> [rows].
+
+    Infinite for a target of -inf; NaN for a row without a finite score.
+    """
+    return torch.nn.functional.cross_entropy(scores, target, reduction="none")
 
 
 def plausible(p: Tensor, alpha: float) -> Tensor:

@@ -1,0 +1,7 @@
+"""Operations on scores that decide what a method costs. `reference` defines each one in plain torch; `cpu` (C++) and
+`triton` (CUDA) hold faster kernels of the same names, checked against it; `dispatch` picks."""
+
+from .dispatch import backend
+from .reference import nll, plausible, within_budget
+
+__all__ = ["backend", "nll", "plausible", "within_budget"]

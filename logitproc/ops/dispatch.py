@@ -1,0 +1,97 @@
+"""Which implementation of an operation runs: plain torch, C++ on a CPU, or Triton on a GPU."""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import one_of
+
+Backend = Literal["auto", "reference", "cpu", "triton"]
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+_chosen: ContextVar[Backend] = ContextVar("backend", default="auto")
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Run operations on one backend within the `with` block, in this thread.
+
+    "auto", the default outside, takes "cpu" (C++) for tensors on a CPU and "triton" for those on a GPU, and
+    "reference" (plain torch) where these have no kernel or cannot run; the latter is logged once. A backend that was
+    asked for and cannot run raises RuntimeError here; an operation for which it has no kernel runs in plain torch.
+    """
+    one_of("backend", name, get_args(Backend))
+    if name in ("cpu", "triton") and (reason := unavailable(name)):
+        raise RuntimeError(f"backend={name!r} cannot run: {reason}; use 'auto' or 'reference'.")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@functools.cache
+def unavailable(name: Literal["cpu", "triton"]) -> str:
+    """Why a backend cannot run here; empty where it can."""
+    if name == "cpu":
+        from . import cpu
+
+        return "" if cpu.library() else "its C++ source could not be compiled (see the log)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no CUDA device"
+    return ""
+
+
+def op(reference: Operation) -> Operation:
+    """Make a function of plain torch an operation: a kernel of the same name in `cpu` or `triton` may replace it.
+
+    The first argument is a tensor, which decides. Kernels take float32 and no gradients; what they decline by
+    returning NotImplemented runs in plain torch too.
+    """
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kernel = _kernel(name, args[0])
+        result = NotImplemented if kernel is None else kernel(*args, **kwargs)
+        return reference(*args, **kwargs) if result is NotImplemented else result
+
+    return cast(Operation, run)
+
+
+def _kernel(name: str, like: Tensor) -> Any:
+    chosen = _chosen.get()
+    if chosen == "reference" or like.dtype is not torch.float32 or type(like) is not Tensor:
+        return None  # a subclass of Tensor, such as FakeTensor, may have no memory to read
+    if like.requires_grad and torch.is_grad_enabled():
+        return None
+    home = "cpu" if like.device.type == "cpu" else "triton" if like.device.type == "cuda" else None
+    wanted = home if chosen == "auto" else chosen
+    if wanted is None or (wanted == "cpu" and home != "cpu") or not _can_run(wanted):
+        return None
+    return _find(wanted, name)
+
+
+@functools.cache
+def _find(home: str, name: str) -> Any:
+    return getattr(importlib.import_module(f".{home}", __package__), name, None)
+
+
+@functools.cache
+def _can_run(name: Literal["cpu", "triton"]) -> bool:
+    reason = unavailable(name)
+    if reason:
+        logger.warning("operations on %s tensors run in plain torch: %s", name.replace("triton", "CUDA"), reason)
+    return not reason
