@@ -5,9 +5,10 @@ that equals an earlier one, and passes no attention mask. A chain is one entry, 
 bound to the prompt. It has a declarative form: a list of `{"name": ..., parameter: value}`.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -251,6 +252,18 @@ class BoundChain(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         generated = torch.full_like(scores[:, 0], max(0, input_ids.shape[1] - self.prompt), dtype=torch.int64)
         return self._gathered.apply(self.hide(input_ids), scores, generated)
+
+    @contextlib.contextmanager
+    def lagging(self) -> Iterator[None]:
+        """While each call continues the texts of the one before by a token: no step waits for the device.
+
+        See `Companion.lagging`; errors as there. Not for beams and drafts.
+        """
+        with contextlib.ExitStack() as stack:
+            for companion in self.chain.companions:
+                stack.enter_context(companion.lagging())
+            stack.enter_context(self._gathered.lagging())
+            yield
 
     def hide(self, input_ids: Tensor) -> Tensor:
         """The ids [rows, length] with -1 for padding."""

@@ -45,6 +45,7 @@ class _State(NamedTuple):
     history: Tensor  # [rows, length] int64; -1 where there is no token
     cache: DynamicCache | None
     logits: Tensor  # [rows, positions, width] after the last tokens of the history
+    whole: bool  # known to hold no padding
 
 
 class Companion:
@@ -246,17 +247,18 @@ class Companion:
             raise ValueError(f"positions must be from 1 to the length {history.shape[1]}, got {positions}.")
         state, self._state = self._state, None  # whatever fails from here on leaves no state behind
         if state is not None and self._lags and positions == 1 and _may_follow(state, history):
-            kept = state.history.shape[1]
+            kept, whole = state.history.shape[1], state.whole
             if kept < history.shape[1]:
                 self._settle()
-            self._unread.append(_read_later((history[:, :kept] != state.history).any()))
+            self._unread.append(read_later((history[:, :kept] != state.history).any()))
         else:
             state, kept = _continued(state, history, positions)
+            whole = self._lags and bool((history >= 0).all())
         if state is None or kept < history.shape[1]:
             cache = state.cache if state is not None and kept else None
             if cache is None:
                 kept, cache = 0, DynamicCache() if self._cacheable else None
-            state = _State(history, cache, self._forward(history, kept, cache, positions))
+            state = _State(history, cache, self._forward(history, kept, cache, positions, whole), whole)
         self._state = state
         return state.logits[:, state.logits.shape[1] - positions :]
 
@@ -267,6 +269,8 @@ class Companion:
         To see whether a text continues the one before, the host must wait for the device at every step. Here
         it looks at the answer of the step before instead. Raises CompanionDesync at the next call, or at the
         end, when a text did not follow; the step in between was wrong then. Not for beams and drafts.
+
+        With padding, models whose attention is not the common one (sdpa over all tokens) wait all the same.
         """
         self.reset()
         self._lags = True
@@ -285,7 +289,9 @@ class Companion:
                 "another one came. Call reset() before a new prompt."
             )
 
-    def _forward(self, history: Tensor, kept: int, cache: DynamicCache | None, positions: int) -> Tensor:
+    def _forward(
+        self, history: Tensor, kept: int, cache: DynamicCache | None, positions: int, whole: bool
+    ) -> Tensor:
         """Logits [rows, positions, width] after the last tokens, of which the cache holds the first `kept`."""
         mask = history >= 0
         tokens = mask.cumsum(1)  # up to each column
@@ -295,7 +301,7 @@ class Companion:
         try:
             output = self.model(
                 input_ids=history[:, kept:].clamp(0, self.model.get_input_embeddings().weight.shape[0] - 1),
-                attention_mask=mask.long(),
+                attention_mask=self._attention_mask(mask, kept, whole),
                 position_ids=(tokens[:, kept:] - 1).clamp(min=0),
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -314,6 +320,18 @@ class Companion:
                 f"The companion {self.name} gave NaN for row {row} after {history.shape[1]} tokens."
             )
         return logits
+
+    def _attention_mask(self, mask: Tensor, kept: int, whole: bool) -> Tensor | None:
+        """What the model is given for mask [rows, length]; while it lags, in a form that it does not read back.
+
+        transformers looks for padding in a mask of two dimensions, for which the host must wait at every step.
+        """
+        if self._lags and kept:
+            if whole:
+                return None
+            if mask.shape[1] == kept + 1 and _takes_4d(self.model):
+                return mask[:, None, None]
+        return mask.long()
 
     # --- fits the host ---
 
@@ -484,7 +502,7 @@ def _may_follow(state: _State, history: Tensor) -> bool:
     return state.cache is not None and history.shape in ((rows, length), (rows, length + 1))
 
 
-def _read_later(bit: Tensor) -> Callable[[], bool]:
+def read_later(bit: Tensor) -> Callable[[], bool]:
     """A function that tells the bit, without making the host wait for the device now."""
     if bit.device.type != "cuda":
         return lambda: bool(bit)
@@ -497,6 +515,18 @@ def _read_later(bit: Tensor) -> Callable[[], bool]:
         return bool(copy)
 
     return read
+
+
+def _takes_4d(model: Any) -> bool:
+    """Whether every layer takes a mask [rows, 1, tokens, length] as it is: true may be attended to."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and config._attn_implementation == "sdpa"
+        and layers == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+    )
 
 
 def _common(a: Tensor, b: Tensor) -> int:

@@ -1,11 +1,13 @@
 """Evidence: what a processor gathers along a text (see `Processor`), while it is generated or scored."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .companion import find_parents
+from .companion import find_parents, read_later
 
 if TYPE_CHECKING:
     from .chain import Chain
@@ -20,27 +22,32 @@ class Seen(NamedTuple):
     scores: Tensor | None  # None: unknown, as for the tokens of a prompt
     companion_scores: list[Tensor]
 
-    def take(self, rows: Tensor) -> "Seen":
+    def take(self, rows: Tensor | slice) -> "Seen":
         scores = None if self.scores is None else self.scores[rows]
         return Seen(scores, [part[rows] for part in self.companion_scores])
 
 
-def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, told: Tensor) -> Tensor:
+def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, told: Tensor | bool) -> Tensor:
     """What texts have gathered before and after each of K tokens: [B, K + 1, E].
 
-    Shapes: total [B, E]; tokens [B, K]; `seen` [B K, width], text by text; told [B, K]: whether the scores seen
-    are those of a generated token, as opposed to one of the prompt. Ids outside the vocabulary add nothing.
+    Shapes: total [B, E]; tokens [B, K]; `seen` [B K, width], text by text; told [B, K], or one for all: whether the
+    scores seen are those of a generated token, as opposed to one of the prompt. Ids outside the vocabulary add
+    nothing.
     """
     totals, count = [total], tokens.shape[1]
     if count:
         width = seen.companion_scores[0].shape[-1]
         valid, ids = (tokens >= 0) & (tokens < width), tokens.flatten().clamp(0, width - 1)
+        if isinstance(told, bool):  # known without asking the device
+            kinds = [(seen.scores if told else None, valid)]
+        else:
+            both = ((seen.scores, told), (None, ~told))
+            kinds = [(scores, kind & valid) for scores, kind in both if bool(kind.any())]
         found = []
-        for scores, kind in ((seen.scores, told), (None, ~told)):
-            if bool(kind.any()):
-                evidence = processor.evidence(ids, scores, *seen.companion_scores)
-                if evidence is not None:
-                    found.append((evidence.unflatten(0, tokens.shape), kind & valid))
+        for scores, counts in kinds:
+            evidence = processor.evidence(ids, scores, *seen.companion_scores)
+            if evidence is not None:
+                found.append((evidence.unflatten(0, tokens.shape), counts))
         for k in range(count):
             for evidence, counts in found:
                 total = torch.where(counts[:, k, None], processor.accumulate(total, evidence[:, k]), total)
@@ -60,7 +67,7 @@ def from_prompt(processor: "Processor", history: Tensor, width: int, generated: 
             break
         seen = Seen(None, [part.flatten(0, 1) for part in logits])
         tokens = history[:, start + 1 : stop + 1].masked_fill(history[:, start:stop] < 0, -1)
-        total = gather(processor, total, tokens, seen, torch.zeros_like(tokens, dtype=torch.bool))[:, -1]
+        total = gather(processor, total, tokens, seen, told=False)[:, -1]
     return total
 
 
@@ -78,6 +85,8 @@ class Gathered:
         self.totals: dict[int, Tensor] = {}  # by the index of the processor, [rows, E]
         self.seen: dict[int, Seen] = {}
         self.started = 0  # the length of the prompt
+        self.lags = False
+        self.unread: list[Callable[[], bool]] = []  # whether the texts of the last step were others
 
     def apply(self, history: Tensor, scores: Tensor, generated: Tensor | None = None) -> Tensor:
         """`Chain.apply` for the next token of every row."""
@@ -93,6 +102,10 @@ class Gathered:
         length = history.shape[1]
         if self.history is not None:
             had = self.history.shape[1]
+            if self.lags and history.shape == (len(self.history), had + 1):
+                self._settle()
+                self.unread = [read_later((history[:, :-1] != self.history).any())]
+                return {index: self._advanced(index, slice(None), history[:, -1:]) for index in self.totals}
             if length == had and (rows := find_parents(self.history, history)) is not None:
                 return {index: total[rows] for index, total in self.totals.items()}
             if length == had + 1 and (rows := find_parents(self.history, history[:, :-1])) is not None:
@@ -108,12 +121,29 @@ class Gathered:
             if processor.evidence_size
         }
 
-    def _advanced(self, index: int, rows: Tensor, tokens: Tensor) -> Tensor:
+    def _advanced(self, index: int, rows: Tensor | slice, tokens: Tensor) -> Tensor:
         total = self.totals[index][rows]
         if index not in self.seen:  # its companions had no say
             return total
-        told = torch.ones_like(tokens, dtype=torch.bool)
-        return gather(self.chain.processors[index], total, tokens, self.seen[index].take(rows), told)[:, -1]
+        seen = self.seen[index].take(rows)
+        return gather(self.chain.processors[index], total, tokens, seen, told=True)[:, -1]
+
+    @contextlib.contextmanager
+    def lagging(self) -> Iterator[None]:
+        """While texts are continued token by token, row by row: take that for granted and check it a step later.
+
+        Raises RuntimeError at the next step, or at the end, when it was not so; see `Companion.lagging`.
+        """
+        self.lags = True
+        try:
+            yield
+            self._settle()
+        finally:
+            self.lags, self.unread = False, []
+
+    def _settle(self) -> None:
+        unread, self.unread = self.unread, []
+        self._refuse(any(differs() for differs in unread), self.history.shape[1] if self.history is not None else 0)
 
     def _refuse(self, rolled_back: bool, length: int) -> None:
         if rolled_back:

@@ -81,10 +81,9 @@ def generate(
         assert isinstance(bound, BoundChain)  # there is a prompt of tokens
         kwargs["custom_generate"] = Decoder(bound, speculation, kwargs.pop("streamer", None))
     with contextlib.ExitStack() as stack:
-        if not (beams or assisted or speculation):  # each step continues the one before
-            for companion in chain.companions:
-                if companion.device.type == "cuda":
-                    stack.enter_context(companion.lagging())
+        continued = not (beams or assisted or speculation)  # each step continues the one before
+        if continued and isinstance(bound, BoundChain) and model.device.type == "cuda":
+            stack.enter_context(bound.lagging())
         return model.generate(  # type: ignore[operator]
             logits_processor=[bound, *(logits_processor or [])], **kwargs
         )

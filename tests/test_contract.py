@@ -5,19 +5,22 @@ A test takes a `Subject`, which makes instances of one method, and nothing here 
 `test_contract_has_teeth.py` calls the same functions with processors that are broken on purpose.
 """
 
+import copy
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import WIDTH, tiny_tokenizer
-from torch import Tensor
+from elsewhere import DEVICE, Device, moved
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import LlamaForCausalLM
 
 import logitproc as lp
@@ -401,25 +404,113 @@ def test_equal_instances_are_two(subject):
     assert subject.make() != subject.make(), "declare the dataclass with eq=False"
 
 
-@pytest.mark.gpu
-def test_a_step_on_cuda_never_waits_for_the_device(subject):
+# --- on a device of its own ---
+
+
+def sampled(
+    made: lp.Chain, ids: Tensor, mask: Tensor, scores: Tensor, watched: Callable[[], Any] = nullcontext
+) -> list[Tensor]:
+    """What the chain makes of scores [steps, rows, width], one token after the other, as when `generate` samples.
+
+    The first two steps are not watched: they may copy tables to the device and read the prompt.
+    """
+    first, found = ids.shape[1] - len(scores) + 1, []
+    bound = made.bind(ids[:, :first], mask[:, :first])
+    with bound.lagging():
+        for step, now in enumerate(scores):
+            with watched() if step > 1 else nullcontext():
+                found.append(bound(ids[:, : first + step], now))
+    return found
+
+
+def texts_that_grow(steps: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and mask [rows, length], two rows padded on the left, and scores [steps, rows, width]."""
+    ids, scores, _ = random_rows()
+    random = torch.Generator().manual_seed(1)
+    ids = torch.where(ids < 0, torch.randint(3, 12, ids.shape, generator=random), ids)
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, :1] = 0, 0
+    return ids * mask, mask, torch.stack([scores.roll(step, 1) for step in range(steps)])
+
+
+def moves(made: lp.Chain, move: Callable[[nn.Module], nn.Module]) -> lp.Chain:
+    for companion in made.companions:  # whose model all examples share
+        companion.model = move(companion.model)
+    return made
+
+
+def test_a_step_on_another_device_gives_the_same_and_never_waits_for_it(subject, monkeypatch):
+    given = texts_that_grow()
+    here = sampled(lp.Chain([subject.make()]), *given)
+    for module in ("companion", "evidence"):  # on CUDA a copy that is waited for a step later
+        monkeypatch.setattr(f"logitproc.{module}.read_later", lambda bit: lambda: bool(bit.here))
+    with Device():
+        made = moves(lp.Chain([subject.make()]), moved)
+        there = sampled(made, *(part.to(DEVICE) for part in given), lambda: Device(strict=True))
+    for found, expected in zip(there, here, strict=True):
+        torch.testing.assert_close(found.here, expected, rtol=1e-4, atol=1e-4)
+
+
+def static_inputs(subject: Subject, seed: int) -> list[Any]:
+    """Arguments of `apply`: everything that a step needs, so that it asks nobody."""
+    given, processor = random_rows(seed), subject.make()
+    random = torch.Generator().manual_seed(seed)
+    companions = [3 * torch.randn(given.scores.shape, generator=random) for _ in processor.auxiliaries()]
+    return [*given, companions, torch.rand(len(given.scores), processor.evidence_size, generator=random)]
+
+
+def test_a_step_is_the_same_work_for_any_values_so_that_a_graph_can_hold_it(subject):
+    processor, work = subject.make(), []
+    with Device():
+        for seed in (0, 1, 2):
+            there = tree_map_only(Tensor, lambda t: t.to(DEVICE), static_inputs(subject, seed))
+            with Device(strict=seed > 0) as device:
+                processor.apply(*there)
+            work.append(device.calls)
+    assert work[1] == work[2]
+
+
+@pytest.fixture
+def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    history, scores, _ = random_rows()
-    ids, mask, prompt = history.clamp(min=0), history >= 0, 6
-    made = lp.Chain([subject.make()])
-    if made.processors[0].evidence_size:
-        pytest.skip("a text that gathers evidence is recognised by its tokens at every step")
-    there, on_cuda = made.bind(ids[:, :prompt].cuda(), mask.cuda()), (ids.cuda(), scores.cuda())
-    with ExitStack() as stack:
-        for companion in made.companions:
-            companion.model.cuda()
-            stack.enter_context(companion.lagging())
-        there(on_cuda[0][:, :-1], on_cuda[1])  # the first calls may copy tables and read the prompt
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            out = there(*on_cuda)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    here = made.bind(ids[:, :prompt], mask)(ids, scores)
-    torch.testing.assert_close(out.cpu(), here, rtol=1e-4, atol=1e-4)
+    return torch.device("cuda")
+
+
+@contextmanager
+def sync_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_gives_the_same_and_never_waits_for_it(subject, cuda):
+    given = texts_that_grow()
+    here = sampled(lp.Chain([subject.make()]), *given)
+    made = moves(lp.Chain([subject.make()]), lambda model: copy.deepcopy(model).to(cuda))
+    there = sampled(made, *(part.to(cuda) for part in given), sync_is_an_error)
+    for found, expected in zip(there, here, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_step_replays_from_a_cuda_graph(subject, cuda):
+    processor = subject.make()
+    static, other = (
+        tree_map_only(Tensor, lambda t: t.to(cuda), static_inputs(subject, seed)) for seed in (0, 1)
+    )
+    aside = torch.cuda.Stream()  # a graph is captured after a few calls on another stream
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            processor.apply(*static)
+    aside.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = processor.apply(*static)
+    for mine, new in zip(tree_leaves(static), tree_leaves(other), strict=True):
+        mine.copy_(new)
+    graph.replay()
+    torch.testing.assert_close(out, processor.apply(*other), rtol=1e-4, atol=1e-4)

@@ -49,7 +49,7 @@ class PoliteLogitsProcessor(lp.Processor):
     def penalty(self, tokens, scores):
         width = scores.shape[1]
         ids = torch.where((tokens >= 0) & (tokens < width), tokens, width)  # one spare column
-        return torch.zeros(len(scores), width + 1).scatter_(1, ids, self.margin)[:, :width]
+        return scores.new_zeros(len(scores), width + 1).scatter_(1, ids, self.margin)[:, :width]
 
 
 @dataclass(eq=False)
@@ -90,7 +90,7 @@ class Mixes(Advised):
 
     def evidence(self, tokens, scores, *advice):
         both = torch.stack([(advice[0] if scores is None else scores), *advice], -1).log_softmax(1)
-        return both.clamp(min=-9)[torch.arange(len(tokens)), tokens]
+        return both.clamp(min=-9)[torch.arange(len(tokens), device=tokens.device), tokens]
 
     def step(self, tokens, scores, *advice, evidence=None):
         if self.advisor is None:
@@ -290,6 +290,36 @@ class NoEmptyHistory(PoliteLogitsProcessor):
     def apply(self, history, scores, generated=None, *rest):
         assert history.shape[1] > 0
         return super().apply(history, scores, generated, *rest)
+
+
+@caught_by("a_step_on_another_device_gives_the_same_and_never_waits_for_it")
+class AsksTheDevice(PoliteLogitsProcessor):
+    def step(self, tokens, scores):
+        penalty = self.penalty(tokens, scores)
+        return scores - penalty if penalty.any() else scores
+
+
+@caught_by("a_step_on_another_device_gives_the_same_and_never_waits_for_it")
+class CopiesItsTable(PoliteLogitsProcessor):
+    def step(self, tokens, scores):
+        return super().step(tokens, scores) - torch.tensor([self.margin], device=scores.device)
+
+
+@caught_by("a_step_on_another_device_gives_the_same_and_never_waits_for_it")
+class DiffersOnADevice(PoliteLogitsProcessor):
+    def step(self, tokens, scores):
+        return super().step(tokens, scores) * (1.0 if scores.device.type == "cpu" else 1.1)
+
+
+@caught_by("a_step_is_the_same_work_for_any_values_so_that_a_graph_can_hold_it")
+class WorksMoreEachTime(PoliteLogitsProcessor):
+    calls = 0
+
+    def step(self, tokens, scores):
+        self.calls += 1
+        for _ in range(self.calls):
+            scores = super().step(tokens, scores)
+        return scores
 
 
 @caught_by("it_says_where_it_comes_from_and_what_it_does")

@@ -106,6 +106,17 @@ def test_what_does_not_follow_is_refused_and_never_guessed(model, draft):
         blend().bind(ids[:, :5])(ids[:, :7], scores)  # tokens that were generated before it was asked
 
 
+def test_what_does_not_follow_is_noticed_a_step_later_while_lagging(model):
+    scores, ids = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0)), texts(2, 8)
+    steps = [chain.bind(ids[:, :5]) for chain in (blend(), blend())]
+    with steps[1].lagging():
+        for length in (5, 6, 7, 7, 8):
+            torch.testing.assert_close(steps[1](ids[:, :length], scores), steps[0](ids[:, :length], scores))
+    with pytest.raises(RuntimeError, match="gathers evidence|Call reset"), steps[1].lagging():
+        steps[1](ids[:, :5], scores)
+        steps[1](texts(2, 6, seed=1), scores)
+
+
 def test_the_bound_of_a_bayes_mixture_holds_in_scoring(model):
     """On any text the loss is at most that of the better component + ln 2; and so in blocks of any size."""
     chain, ids = blend(), texts(3, 40)

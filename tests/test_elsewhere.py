@@ -1,0 +1,56 @@
+"""The device that is not there notices what would make a host wait, and nothing else."""
+
+import pytest
+import torch
+from elsewhere import DEVICE, Device, There, Waits
+
+HERE = torch.tensor([[3.0, -1.0, 2.0], [0.5, 4.0, -2.0]])
+WAITS = {
+    "item": lambda x: x.max().item(),
+    "bool": lambda x: bool((x > 0).all()),
+    "if": lambda x: 1 if x.isnan().any() else 0,
+    "int": lambda x: torch.zeros(int(x.argmax())),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "a mask": lambda x: x[x > 0],
+    "values through a mask": lambda x: x.clone().index_put_((x > 0,), x[0].sum().expand(4)),
+    "unique": lambda x: x.unique(),
+    "repeats": lambda x: x[0].repeat_interleave((x[0] > 0).long()),
+    "to the host": lambda x: x.cpu(),
+    "from the host": lambda x: HERE.to(x.device),
+    "a constant": lambda x: torch.tensor([1.0, 2.0, 3.0], device=x.device),
+    "a new constant": lambda x: x.new_tensor([1.0, 2.0, 3.0]),
+    "both": lambda x: x + HERE,
+    "an index of the host": lambda x: x[torch.tensor([0])],
+    "copied into": lambda x: x.clone().copy_(HERE),
+}
+RUNS = {
+    "arithmetic": lambda x: (x + 1) * x.softmax(-1) / 2,
+    "in place": lambda x: x.clone().add_(1).exp_(),
+    "into a result": lambda x: torch.add(x, 1, out=torch.empty_like(x)),
+    "views": lambda x: x[:, 1:].T[None].flatten(0, 1),
+    "made there": lambda x: torch.arange(3, device=x.device) + x,
+    "a number": lambda x: torch.where(x > 0, x, -torch.inf).masked_fill(x > 3, 0.0),
+    "a number through a mask": lambda x: x.clone().index_put_((x > 0,), x.sum()),
+    "gather": lambda x: x.gather(1, x.argmax(-1, keepdim=True)),
+    "indices": lambda x: x[x.argmax(-1)],
+    "repeated": lambda x: x.repeat_interleave(3, dim=0),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_an_error(name):
+    with Device():
+        x = HERE.to(DEVICE)
+    with Device(strict=True), pytest.raises(Waits):
+        WAITS[name](x)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_does_not_wait_runs_there_and_gives_the_same(name):
+    with Device():
+        x = HERE.to(DEVICE)
+    with Device(strict=True):
+        found = RUNS[name](x)
+    assert isinstance(found, There) and found.device.type == "meta"
+    assert torch.equal(found.here, RUNS[name](HERE))
