@@ -194,7 +194,7 @@ def dropped_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip = lambda folder, names: names if folder == bundled else {"__pycache__"} & set(names)
     shutil.copytree(ROOT / "logitproc", root / "logitproc", ignore=skip)
     (root / "tests").mkdir()
-    for file in ("setup.cfg", "tests/conftest.py", "tests/test_contract.py"):
+    for file in ("setup.cfg", "tests/conftest.py", "tests/elsewhere.py", "tests/test_contract.py"):
         shutil.copy(ROOT / file, root / file)
     source = METHOD.format(name="quieten", package="..")
     (root / "logitproc" / "methods" / "quieten.py").write_text(source.lstrip())
