@@ -116,16 +116,6 @@ def steps(length: int = 256, buffers: int = 8) -> list[dict]:
             "scores.clone()": lambda i, z=z: z(i).clone(),
             "log_softmax": lambda i, z=z: z(i).log_softmax(-1),
         }
-        parts = NGramStyleLogitsProcessor(prior, **OFF)
-        found = [parts._bias(tokens, z_)[0] for tokens, z_ in zip(ids, scores, strict=True)]
-        p = scores[0].softmax(-1)
-        for name, part in (
-            ("its entries", lambda i, x=parts, z=z, t=t: x._bias(t(i), z(i))),
-            ("its mean", lambda i, f=found, p=p: f[i % buffers].centred(p)),
-            ("adding them", lambda i, f=found, z=z: f[i % buffers].added_to(z(i))),
-        ):
-            rows.append({"what": f"ngram backoff: {name}", "against": "log_softmax", "vocabulary": vocabulary,
-                         "batch": batch} | compare(part, baselines["log_softmax"]))  # fmt: skip
         for label, options in (("ngram paper", {"rule": "paper"}), ("ngram lift", {"rule": "lift"}),
                                ("ngram backoff", {"rule": "backoff", **OFF}), ("ngram default", {})):  # fmt: skip
             chain = Chain([NGramStyleLogitsProcessor(prior, **options)])

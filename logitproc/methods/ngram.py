@@ -17,14 +17,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import in_range, name_and_number, one_of
-from ..ops import within_budget
+from ..ops import NGramBias, NGramTable, add_ngrams, loop_guard
 from ..prior import NGramPrior, default_weights, symbol_table
 from ..processor import Processor, trailing
 from ..registry import register
@@ -48,131 +48,45 @@ FOLLOWERS = 512  # the paper keeps so many next tokens of each context
 # --- math ---
 
 
-class Bias(NamedTuple):
-    """strength * g of some rows as what is added up: a weighted row of `basis` for each prior, and E entries."""
-
-    basis: Tensor  # float32 [priors + 1, width]; the last row is 1 for tokens that may be biased, else 0
-    weights: list[Tensor]  # float32 [rows, 1] each, of the first rows of the basis
-    row: Tensor  # int64 [E]
-    id: Tensor  # int64 [E]
-    value: Tensor  # float32 [E]
-
-    def added_to(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
-        """scores + strength * g [rows, width], in `out` if given: fresh memory costs more than arithmetic."""
-        return self._rest(torch.addcmul(scores, self.weights[0], self.basis[0], out=out))
-
-    def dense(self) -> Tensor:
-        """strength * g [rows, width]."""
-        return self._rest(self.weights[0] * self.basis[0])
-
-    def _rest(self, out: Tensor) -> Tensor:
-        for weight, part in zip(self.weights[1:], self.basis[1:], strict=False):
-            out.addcmul_(weight, part)
-        return out.index_put_((self.row, self.id), self.value, accumulate=True)
-
-    def times(self, factor: Tensor) -> "Bias":
-        """Each row times its factor [rows, 1]."""
-        weights = [weight * factor for weight in self.weights]
-        return self._replace(weights=weights, value=self.value * factor[self.row, 0])
-
-    def centred(self, p: Tensor) -> "Bias":
-        """Less its mean under p [rows, width] over the tokens that may be biased; p need not sum to 1.
-
-        A constant in g is invisible to a softmax over all tokens, but not beside tokens that get no bias.
-        """
-        # One dot product a row: a matrix product would round a row by how many stand beside it.
-        *means, mass = (torch.linalg.vecdot(p, part) for part in self.basis)
-        total = torch.zeros_like(mass)
-        total.index_put_((self.row,), p[self.row, self.id] * self.value, accumulate=True)
-        for weight, mean in zip(self.weights, means, strict=True):
-            total.addcmul_(weight[:, 0], mean)
-        # No mass to speak of, or a row without a finite score: nothing is biased, so any finite mean does.
-        mean = torch.where(mass > 1e-6, total / mass, 0.0)
-        return self._replace(weights=[*self.weights, -mean[:, None]])
-
-
-class BiasTable:
-    """strength * g of one rule for one prior, on one device: a value for each token, and for each n-gram.
+def ngram_table(
+    prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None, confidence: str, exempt: list[int],
+    bos: bool, strength: float,
+) -> NGramTable:  # fmt: skip
+    """strength * g of one rule for one prior.
 
     The value of an n-gram is what its context h adds to its token: for the sparse rules the term of that order,
     for the dense ones ln p(i given h) - ln b(h) - ln p(i given h without its oldest token). Kneser-Ney backs off
     by p(i given h) = b(h) p(i given the shorter h) where h does not hold i, so all contexts together give ln p
     but for the sum of their ln b, which is the same for every token.
-
-    The C contexts of all orders are numbered through; C is "not found" and C + 1 the empty context.
     """
-
-    def __init__(self, prior: NGramPrior, rule: Rule, k: float, weights: Sequence[float] | None,
-                 confidence: str, exempt: list[int], bos: bool, strength: float):  # fmt: skip
-        self.order, self.width, self.bos = prior.order, prior.vocab_size, bos
-        trust = _confidence(prior, confidence)
-        base, values = _sparse(prior, rule, k, weights, trust) if rule in SPARSE else _dense(prior)
-        base[exempt] = 0.0
-        keys, lengths, ids, kept = [], [], [], []
-        first, parents = -1, 0  # the number of the first parent; in keys the empty context is -1
-        for o, value in zip(prior.orders[1:], values, strict=True):
-            keys.append((first + o.parent) * (self.width + 2) + o.oldest)
-            keep = (value != 0) & ~np.isin(o.ids, exempt)
-            lengths.append(np.bincount(o.context[keep], minlength=len(o.keys)))
-            ids.append(o.ids[keep])
-            kept.append(value[keep] * strength)
-            first, parents = parents, parents + len(o.keys)
-        length = np.concatenate([*lengths, [0]]).astype(np.int64)
-        self.longest = int(length.max())
-        self.base = torch.from_numpy(base * strength).float()  # [V]
-        self.symbols = torch.from_numpy(symbol_table(prior, bos))
-        self.keys = torch.from_numpy(np.concatenate([*keys, [np.iinfo(np.int64).max]]))  # [C + 1], ascending
-        self.none = torch.tensor(len(self.keys) - 1)
-        self.length = torch.from_numpy(length)  # [C + 1], of each context's row of entries
-        self.start = self.length.cumsum(0) - self.length
-        self.ids = torch.from_numpy(np.concatenate([*ids, [0]]).astype(np.int64))  # [E + 1], the last for filling
-        self.values = torch.from_numpy(np.concatenate([*kept, [0.0]])).float()
-        self.trust: Tensor | None = None  # float32 [C + 2]; the terms of the sparse rules hold theirs
-        if rule not in SPARSE and confidence != "none":
-            self.trust = torch.from_numpy(np.concatenate([*trust[1:], [1.0], trust[0]])).float()
-
-    def to(self, device: torch.device) -> Self:
-        """Move once; later calls with the same device cost nothing."""
-        if self.keys.device != device:
-            vars(self).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
-        return self
-
-    def look_up(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weight [rows, 1] of `base`, row, id and value of the entries) after tokens [rows, length]."""
-        contexts = self.contexts(tokens)
-        row, id, value = self.entries(contexts)
-        if self.trust is None:
-            return value.new_ones(len(tokens), 1), row, id, value
-        known = (contexts < self.none).sum(0, keepdim=True)  # 0: the empty context is the longest that matches
-        longest_match = torch.nn.functional.pad(contexts, (0, 0, 1, 0), value=len(self.keys)).gather(0, known)
-        weight = self.trust.take(longest_match).T
-        return weight, row, id, value * weight[row, 0]
-
-    def contexts(self, tokens: Tensor) -> Tensor:
-        """The context of each order from 2 on after tokens [rows, length], int64 [order - 1, rows]."""
-        symbols = self.symbols[tokens.clamp(-1, self.width)]
-        if self.bos:
-            symbols = _start_of_text(symbols, tokens, self.width)
-        found: list[Tensor] = []
-        for n in range(1, self.order):
-            parent = found[-1] if found else -1
-            key = parent * (self.width + 2) + symbols[:, -n]
-            at = torch.searchsorted(self.keys, key)
-            found.append(torch.where(self.keys.take(at) == key, at, self.none))
-        return torch.stack(found) if found else tokens.new_empty(0, len(tokens))
-
-    def entries(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row, id, value) of every entry of contexts [order - 1, rows], three flat lists."""
-        start, length = self.start.take(contexts).flatten(), self.length.take(contexts).flatten()
-        if contexts.device.type == "cpu":
-            source = torch.repeat_interleave(length)
-            at = (start - length.cumsum(0) + length).take(source) + torch.arange(len(source))
-        else:  # only the GPU knows how many there are, and asking would wait for it: fill up to the longest
-            reach = torch.arange(self.longest, device=contexts.device)
-            source = torch.arange(len(start), device=contexts.device).repeat_interleave(self.longest)
-            at = torch.where(reach < length[:, None], start[:, None] + reach, len(self.ids) - 1).flatten()
-        rows = torch.arange(contexts.shape[1], device=contexts.device).repeat(contexts.shape[0])
-        return rows.take(source), self.ids.take(at), self.values.take(at)
+    trusts = _confidence(prior, confidence)
+    base, values = _sparse(prior, rule, k, weights, trusts) if rule in SPARSE else _dense(prior)
+    base[exempt] = 0.0
+    keys, lengths, ids, kept = [], [], [], []
+    first, parents = -1, 0  # the number of the first parent; in keys the empty context is -1
+    for o, value in zip(prior.orders[1:], values, strict=True):
+        keys.append((first + o.parent) * (prior.vocab_size + 2) + o.oldest)
+        keep = (value != 0) & ~np.isin(o.ids, exempt)
+        lengths.append(np.bincount(o.context[keep], minlength=len(o.keys)))
+        ids.append(o.ids[keep])
+        kept.append(value[keep] * strength)
+        first, parents = parents, parents + len(o.keys)
+    length = np.concatenate([*lengths, [0]]).astype(np.int64)
+    trust = None  # the terms of the sparse rules hold theirs
+    if rule not in SPARSE and confidence != "none":
+        trust = torch.from_numpy(np.concatenate([*trusts[1:], [1.0], trusts[0]])).float()
+    return NGramTable(
+        order=prior.order,
+        base=torch.from_numpy(base * strength).float(),
+        symbols=torch.from_numpy(symbol_table(prior, bos)),
+        bos=bos,
+        keys=torch.from_numpy(np.concatenate([*keys, [np.iinfo(np.int64).max]])),
+        start=torch.from_numpy(np.append(0, np.cumsum(length))),
+        ids=torch.from_numpy(np.concatenate([*ids, [0]]).astype(np.int64)),
+        values=torch.from_numpy(np.concatenate([*kept, [0.0]])).float(),
+        longest=int(length.max()),
+        trust=trust,
+    )
 
 
 def _sparse(
@@ -228,62 +142,6 @@ def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
     if name == "wb":
         return [t / (t + np.diff(o.indptr)) for t, o in zip(totals, prior.orders, strict=True)]
     return [t / (t + d) for t in totals]
-
-
-def _start_of_text(symbols: Tensor, tokens: Tensor, bos: int) -> Tensor:
-    """Put `<s>` before the first token of a text that does not begin with it."""
-    absent = tokens < 0
-    present_next = torch.nn.functional.pad(~absent[:, 1:], (0, 1), value=True)
-    next_symbol = torch.nn.functional.pad(symbols[:, 1:], (0, 1), value=0)
-    return torch.where(absent & present_next & (next_symbol != bos), bos, symbols)
-
-
-def plausible_part(scores: Tensor, alpha: float, barred: Tensor) -> Tensor:
-    """p where p >= alpha max p, 0 elsewhere and for the ids `barred`; up to a factor for each row.
-
-    Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2.
-    """
-    lowest = torch.finfo(scores.dtype).min  # not -inf: a row of nothing else has a softmax, if a useless one
-    top = scores.amax(-1, keepdim=True).clamp(min=lowest)
-    inside = torch.nn.functional.threshold(scores - top, math.log(alpha) - 1e-6, lowest, inplace=True)
-    return inside.softmax(-1).index_fill_(1, barred, 0.0)
-
-
-def keep_mass(scores: Tensor, bias: Tensor, p: Tensor) -> Tensor:
-    """scores + bias - ln E_p[exp(bias)] where p > 0, scores elsewhere: that set keeps its probability.
-
-    p [rows, width] is proportional to the distribution of the scores over the set, all zero where that is
-    empty. A constant in a row of the bias makes no difference. Overwrites bias and p: few passes are the point.
-    """
-    shift = (torch.linalg.vecdot(bias.exp(), p) / p.sum(-1)).log().nan_to_num_()[:, None]
-    inside = p.ceil_()  # 1 in the set, 0 outside
-    return bias.sub_(shift).mul_(inside).add_(scores)
-
-
-def loop_guard(
-    scores: Tensor, tokens: Tensor, factor: float, base: float, allowed: int, cap: float
-) -> Tensor:
-    """DRY: scores [rows, width] - min(cap, factor base^(L - allowed)) nats where L >= allowed.
-
-    L(i) is the length of the longest suffix of tokens [rows, length] (-1: no token) that occurred earlier
-    followed by i. Source: "DRY: a modern repetition penalty", text-generation-webui pull request 5677.
-    """
-    length = tokens.shape[1] - 1
-    if length < 1:
-        return scores
-    # Longer matches than `longest` are capped anyway.
-    longest = min(length, allowed + max(0, math.ceil(math.log(cap / factor) / math.log(base))))
-    earlier = torch.nn.functional.pad(tokens[:, :-1], (longest - 1, 0), value=-1)
-    newest = tokens[:, -longest:].masked_fill(tokens[:, -longest:] < 0, -2)  # padding matches nothing
-    match = torch.zeros_like(tokens[:, 1:], dtype=torch.uint8)  # of what ends before each token but the first
-    for back in range(longest - 1, -1, -1):
-        start = longest - 1 - back
-        match = (match + 1) * (earlier[:, start : start + length] == newest[:, -1 - back, None])
-    nats = ((match.float() - allowed) * math.log(base)).exp_().mul_(factor).clamp_(max=cap)
-    following = tokens[:, 1:]
-    penalised = (match >= allowed) & (following >= 0) & (following < scores.shape[1])
-    following, nats = torch.where(penalised, following, 0), torch.where(penalised, nats, 0.0)
-    return scores.scatter_reduce(1, following, scores.gather(1, following) - nats, "amin")
 
 
 # --- processor ---
@@ -394,8 +252,7 @@ class NGramStyleLogitsProcessor(Processor):
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
         self.context = None if self.guard else self._reach
-        self._bounded = self.clip is not None or self._schedule == "budget"
-        self._placed: dict[tuple[torch.device, int], Any] = {}  # tables for the device and width last seen
+
     @classmethod
     def example(cls, width: int) -> Self:
         return cls(_example_prior(width), strength=0.5)
@@ -419,71 +276,50 @@ class NGramStyleLogitsProcessor(Processor):
         }
 
     def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
+        if scores.shape[1] < self.prior.vocab_size:
+            self.check_width(scores.shape[1])
         out = scores
         if self.strength:
-            out = self._steered(tokens, scores, generated)
+            self._ngrams = self._ngrams.to(scores.device)
+            out = add_ngrams(
+                scores, trailing(tokens, self._reach), self._ngrams, self._factor(scores, generated), **self._options
+            )
         if self.guard:
-            age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
-            tokens = torch.where(age <= generated[:, None], tokens, -1)
-            out = loop_guard(out, tokens, self.guard, self.guard_base, self.guard_length, self.guard_cap)
+            out = loop_guard(out, tokens, generated, self.guard, self.guard_base, self.guard_length, self.guard_cap,
+                             in_place=out is not scores)  # fmt: skip
         return out
 
-    def _steered(self, tokens: Tensor, scores: Tensor, generated: Tensor) -> Tensor:
-        bias, barred = self._bias(tokens, scores)
+    def _factor(self, scores: Tensor, generated: Tensor) -> Tensor | None:
+        """What the schedule makes of the strength of each row, [rows, 1]; None for all of it."""
         if self._schedule == "ramp":
-            bias = bias.times((generated / self._amount).clamp(max=1.0)[:, None])
-        elif self._schedule == "entropy":
+            return (generated / self._amount).clamp(max=1.0)[:, None]
+        if self._schedule == "entropy":
             entropy = torch.special.entr(scores.softmax(-1)).sum(-1, keepdim=True)
-            bias = bias.times((entropy / math.log(scores.shape[1])).nan_to_num_())
-        plain = not self.plausibility and not self._bounded
-        if plain and self.rule in SPARSE:
-            return bias.added_to(scores)
-        p = plausible_part(scores, self.plausibility, barred) if self.plausibility else scores.softmax(-1)
-        if self.rule not in SPARSE and (plain or self._bounded):  # `keep_mass` alone sees no constant
-            bias = bias.centred(p)
-        if plain:
-            return bias.added_to(scores, out=p)
-        change = bias.dense()
-        if self.clip is not None:
-            change.clamp_(-self.clip, self.clip)
-        if self._schedule == "budget":
-            change *= within_budget(p.log(), change, self._amount).nan_to_num_()
-        if not self.plausibility:
-            return scores + change
-        out = keep_mass(scores, change, p)
-        if self.plausibility_mode == "drop":
-            out.masked_fill_((p == 0).index_fill_(1, barred, False), -torch.inf)
-        return out
-
-    def _bias(self, tokens: Tensor, scores: Tensor) -> tuple[Bias, Tensor]:
-        """The bias, and the ids that get none: exempt ones, and those beyond the vocabulary."""
-        key = (scores.device, scores.shape[1])
-        if key not in self._placed:
-            self._placed = {key: self._place(*key)}
-        tables, basis, barred = self._placed[key]
-        recent = trailing(tokens, self._reach)
-        weights, *entries = zip(*(table.look_up(recent) for table in tables), strict=True)
-        row, id, value = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in entries)
-        return Bias(basis, list(weights), row, id, value), barred
-
-    def _place(self, device: torch.device, width: int) -> tuple[list[BiasTable], Tensor, Tensor]:
-        """Tables, basis [priors + 1, width] and barred ids on a device."""
-        self.check_width(width)
-        barred = torch.tensor([*self._exempt(), *range(self.prior.vocab_size, width)], dtype=torch.int64)
-        allowed = torch.ones(width).index_fill(0, barred, 0.0)
-        beyond = (0, width - self.prior.vocab_size)
-        basis = torch.stack([*(torch.nn.functional.pad(t.base.cpu(), beyond) for t in self._tables), allowed])
-        return [table.to(device) for table in self._tables], basis.to(device), barred.to(device)
+            return (entropy / math.log(scores.shape[1])).nan_to_num_()
+        return None
 
     @functools.cached_property
-    def _tables(self) -> list[BiasTable]:
-        """One for the prior, one that subtracts the background."""
+    def _options(self) -> dict[str, Any]:
+        return {
+            "centred": self.rule not in SPARSE,
+            "plausibility": self.plausibility,
+            "drop": self.plausibility > 0 and self.plausibility_mode == "drop",
+            "clip": math.inf if self.clip is None else self.clip,
+            "budget": self._amount if self._schedule == "budget" else math.inf,
+        }
+
+    @functools.cached_property
+    def _ngrams(self) -> NGramBias:
+        """A table of the prior, and one that subtracts the background."""
         signed = [(self.prior, self.strength), (self.background, -self.strength)]
-        return [
-            BiasTable(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos, strength)
+        tables = [
+            ngram_table(p, self.rule, self.k, self.weights, self.confidence, self._exempt(), self.bos, strength)
             for p, strength in signed
             if p is not None
         ]
+        allowed = torch.ones(self.prior.vocab_size, dtype=torch.bool)
+        allowed[self._exempt()] = False
+        return NGramBias(tuple(tables), allowed)
 
     def _exempt(self) -> list[int]:
         about = self.prior.tokenizer

@@ -2,6 +2,9 @@
 `triton` (CUDA) hold faster kernels of the same names, checked against it; `dispatch` picks."""
 
 from .dispatch import backend
+from .history import NGramBias, NGramTable, add_ngrams, loop_guard
 from .reference import nll, plausible, within_budget
 
-__all__ = ["backend", "nll", "plausible", "within_budget"]
+__all__ = [
+    "NGramBias", "NGramTable", "add_ngrams", "backend", "loop_guard", "nll", "plausible", "within_budget",
+]  # fmt: skip

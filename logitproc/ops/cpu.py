@@ -1,4 +1,5 @@
-"""Kernels for tensors on a CPU: `cpu.cpp` behind functions with the names and arguments of `reference`."""
+"""Kernels for tensors on a CPU: the C++ sources behind functions with the names and arguments of `reference` and
+`history`."""
 
 import ctypes
 import functools

@@ -24,13 +24,14 @@ def load(source: Path) -> ctypes.CDLL | None:
     """The library of a C++ source; None, and one line in the log, where it cannot be compiled.
 
     Compiled for the processor of this machine and kept in the user's cache folder, under a name that changes with
-    the source, the compiler and the processor.
+    the source, the headers beside it, the compiler and the processor.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("%s runs in plain torch, which is slower: there is no C++ compiler (c++, g++)", source.name)
         return None
-    key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(text + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
     try:
         library = _cache() / f"{source.stem}-{key}.so"
         if not library.exists():

@@ -9,7 +9,8 @@ from ngram_reference import Reference
 
 import logitproc as lp
 from logitproc.counting import NGramCounter
-from logitproc.methods.ngram import DEFAULTS, OFF, NGramStyleLogitsProcessor, loop_guard
+from logitproc.methods.ngram import DEFAULTS, OFF, NGramStyleLogitsProcessor
+from logitproc.ops import loop_guard
 
 A, B, C = 0, 1, 2
 RULES = ("paper", "lift", "backoff", "ratio")
@@ -404,7 +405,7 @@ def test_the_start_of_a_text_is_a_context_only_when_asked():
 def test_the_guard_penalises_what_would_continue_the_loop_and_nothing_else():
     # a b c d a b c: the suffix a b c was followed by d, so L = 3 and .8 x 1.75 = 1.4
     tokens = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    penalty = -loop_guard(torch.zeros(1, 6), tokens, 0.8, 1.75, 2, 10.0)
+    penalty = -loop_guard(torch.zeros(1, 6), tokens, torch.tensor([7]), 0.8, 1.75, 2, 10.0)
     torch.testing.assert_close(penalty, torch.tensor([[0, 0, 0, 1.4, 0, 0]]))
 
 
@@ -413,7 +414,7 @@ def test_the_guard_grows_by_its_base_up_to_its_cap():
         run = list(range(1, length + 1))
         tokens = torch.tensor([[*run, 9, *run]])
         for cap in (100.0, 2.0):
-            out = loop_guard(torch.zeros(1, 12), tokens, 0.8, 1.75, 2, cap)
+            out = loop_guard(torch.zeros(1, 12), tokens, torch.tensor([tokens.shape[1]]), 0.8, 1.75, 2, cap)
             assert -out[0, 9].item() == pytest.approx(min(expected, cap))
 
 

@@ -1,0 +1,69 @@
+// What the kernels share: rows are shared out among threads; a row is worked on by one thread from beginning to end, so
+// that it stays in that core's cache and does not depend on the rows beside it.
+//
+// Loops over a row are written so that the compiler vectorises them (-O3 -march=native -fopenmp-simd). Sums are kept
+// in float32 in as many lanes as a vector has, as torch keeps them.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kGrain = 1 << 17;  // scores; starting a thread costs as much as working on so many
+
+// exp(x), relative error below 2e-7; 0 below -87.68, where float32 has no normal number left; inf above 88.37.
+inline float exponential(float x) {
+  x = std::min(std::max(x, -88.0f), 89.0f);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // x - n ln 2, ln 2 in two parts
+  float p = 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;  // 2^n; 0 for n = -127, inf for n = 128
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+// work(row) for every row, on at most `threads` threads.
+template <typename Work>
+void for_rows(int64_t rows, int64_t width, int64_t threads, Work work) {
+  threads = std::max<int64_t>(1, std::min({threads, rows, rows * width / kGrain}));
+  auto part = [=](int64_t i) {
+    for (int64_t row = rows * i / threads; row < rows * (i + 1) / threads; ++row) work(row);
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(part, i);
+  part(0);
+  for (auto& thread : others) thread.join();
+}
+
+// NaN is passed over.
+inline float maximum(const float* x, int64_t n) {
+  float top = -kInfinity;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+// sum of exp(x - top)
+inline float sum_of_exp(const float* x, int64_t n, float top) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exponential(x[i] - top);
+  return sum;
+}
+
+}  // namespace
