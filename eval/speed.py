@@ -218,7 +218,7 @@ def fusion_steps(buffers: int = 4) -> list[dict]:
     """
     import torch
 
-    from logitproc.methods.fusion import candidates, fuse, mix
+    from logitproc.methods.fusion import UPSCALED, candidates, fuse, mix
 
     rows = []
     for vocabulary, batch in ((32_000, 8), (151_936, 8), (151_936, 32)):
@@ -239,7 +239,7 @@ def fusion_steps(buffers: int = 4) -> list[dict]:
 
         def mixed(i: int, g: Any = given, n: int = batch) -> None:
             host, base, expert = g[i % len(g)]
-            mix(candidates(host, base, [expert], (0.5, 1.0, 1.5)), torch.zeros(n, 5))
+            mix(candidates(host, base, [expert], (), UPSCALED), torch.zeros(n, 1 + len(UPSCALED)))
 
         size = {"vocabulary": vocabulary, "batch": batch}
         if batch < 32:

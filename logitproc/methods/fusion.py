@@ -1,22 +1,27 @@
 """Logit fusion: move a large model as far as a small one was moved by fine-tuning, or weigh the candidates.
 
 Fan et al., "On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion", arXiv:2406.15480 (2024);
-Liu et al., "Tuning Language Models by Proxy", arXiv:2401.08565 (`mode="static"`). With the host's scores z, the
-small base's z_S and the small experts' z_t,
+Liu et al., "Tuning Language Models by Proxy", arXiv:2401.08565 (`mode="static"`); Mitchell et al., "An Emulator for
+Fine-Tuning Large Language Models using Small Language Models", arXiv:2310.12962 (`mode="upscale"`). With the host's
+scores z, the small base's z_S and the small experts' z_t,
 
     d_t = z_t - z_S        z' = z + sum over t of alpha_t d_t        P, Q, Q_t, P' = softmax of z, z_S, z_t, z'
     c1_t = KL(Q_t || Q)    c2_t = KL(Q || Q_t)      R = KL(P' || P)      F = KL(P || P')      J = R + F
 
     static   alpha as given
+    upscale  z' = z_t + beta (z - z_S): the expert, moved as the large model moves the small one
     grid     argmin (R - c1)^2 + (F - c2)^2 over alpha = 0, .1, ..., 2: the paper's rule, section 3.1
     newton   R = c1, F = c2 or J = c1 + c2, a root
     select   the paper's rule for several experts: the grid of each against the mean of the c_t, best one acts
     match    argmin KL(sum over t of w_t Q_t || P'), convex ("level"); or mean of d shifted as it was ("shift")
-    mixture  z' = ln sum over j of w_j P_j, components P, Q_t and static fusions, w_j by how well each predicted
-             the text so far: on any text the loss is at most that of the best component plus ln M nats
+    mixture  z' = ln sum over j of w_j P_j, components P, upscaled experts and static fusions, w_j by how well each
+             predicted the text so far: on any text the loss is at most that of the best component plus ln M nats
 
-Differs from the paper: alpha is solved for anew at every step (read literally, the printed loop freezes it);
-temperature acts after fusion; everything but `static`, `grid` and `select`. The mixture is Vovk's and Cover's;
+`static` with alpha from 0 to 1 and then `upscale` with beta from 1 to 0 is a path from the host to the expert.
+
+Differs from the papers: alpha is solved for anew at every step (read literally, the printed loop freezes it);
+temperature acts after fusion; everything but `static`, `grid` and `select`, and `upscale` with a beta other than 1.
+The mixture is Vovk's and Cover's;
 its fixed share is Herbster and Warmuth, "Tracking the Best Expert", Machine Learning 32 (1998).
 """
 
@@ -36,11 +41,12 @@ from ..ops import plausible, within_budget
 from ..processor import Processor
 from ..registry import register
 
-Mode = Literal["static", "grid", "newton", "select", "match", "mixture"]
+Mode = Literal["static", "upscale", "grid", "newton", "select", "match", "mixture"]
 Kind = Literal["level", "shift"]
 FORBIDDEN = -1e30  # a score below it is a mask, whatever finite number a model uses for one
 DEAD = 1e-6  # nats; an expert closer to its base than this says nothing
 GRID = 10  # points a unit
+UPSCALE, UPSCALED = 0.3, (0.15, 0.3, 0.6)  # beta, chosen by `eval/fusion.py`
 CACHED = 1 << 21  # scores; on a CPU, rows are solved so many at a time
 
 
@@ -82,7 +88,7 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
          target: tilt.Target = "J", bounds: Sequence[tuple[float, float]] = ((0.0, 2.0),),
          kind: Kind = "level", weights: Tensor | None = None, ridge: float = 1e-3, centre: float = 0.0,
          steps: int = 12) -> Fusion:  # fmt: skip
-    """Solve for one alpha an expert and row, and fuse; every mode but `static` and `mixture`.
+    """Solve for one alpha an expert and row, and fuse; every mode but `static`, `upscale` and `mixture`.
 
     Shapes: host, base and each expert [rows, V], float32 or float64, where -inf or less than -1e30 forbids a
     token; weights [rows, T], of the experts in `match`, equal if left out. bounds has one (low, high), or one an
@@ -197,19 +203,35 @@ def _points(low: float, high: float) -> range:
 # --- mixture ---
 
 
-def candidates(host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float]) -> list[Tensor]:
-    """The components of a mixture, [rows, V] scores each: host, experts, and each expert fused at each alpha.
+def upscaled(host: Tensor, base: Tensor, expert: Tensor, betas: Sequence[float]) -> list[Tensor]:
+    """expert + beta (host - base) for each beta, [rows, V]; beta = 0 is the expert and beta = 1 static fusion.
 
-    What the host forbids is forbidden in all; an expert that leaves nothing else is replaced by the host.
+    What the host or the expert forbids is forbidden; where only the base forbids, host - base counts as 0. A row
+    of which nothing is left is the host's.
     """
-    own, fused = list(experts), []
-    for t, expert in enumerate(experts):
+    s = shifts(expert, base, [host])
+    found = [shift(expert, s, torch.full_like(host[:, :1], beta)) for beta in betas]
+    if s.inside is None:
+        return found
+    common = (host > FORBIDDEN) & (expert > FORBIDDEN)
+    left = common.any(-1, keepdim=True)
+    return [torch.where(left, out.masked_fill(~common, -torch.inf), host) for out in found]
+
+
+def candidates(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float]
+) -> list[Tensor]:
+    """The components of a mixture, [rows, V] scores each: host, each expert upscaled, each expert fused.
+
+    What the host forbids is forbidden in all.
+    """
+    found = [host]
+    for expert in experts:
+        found += upscaled(host, base, expert, betas)
+    for expert in experts if alphas else ():
         s = shifts(host, base, [expert])
-        fused += [shift(host, s, torch.full_like(host[:, :1], alpha)) for alpha in alphas]
-        if s.inside is not None:
-            common = (host > FORBIDDEN) & (expert > FORBIDDEN)
-            own[t] = torch.where(common.any(-1, keepdim=True), expert.masked_fill(~common, -torch.inf), host)
-    return [host, *own, *fused]
+        found += [shift(host, s, torch.full_like(host[:, :1], alpha)) for alpha in alphas]
+    return found
 
 
 def mix(components: Sequence[Tensor], log_weights: Tensor) -> Tensor:
@@ -256,11 +278,13 @@ class DynamicFusionLogitsProcessor(Processor):
     Parameters:
         expert: the fine-tuned small model, or a sequence of them.
         base: the small model before fine-tuning.
-        mode: "static", "grid", "newton", "select", "match" or "mixture", the default. "grid" and "newton" take
-            one expert; "select" is "grid" for several.
+        mode: "static", "upscale", "grid", "newton", "select", "match" or "mixture", the default. "upscale", "grid"
+            and "newton" take one expert; "select" is "grid" for several.
         target: which divergence "newton" makes equal, "R", "F" or "J".
         alpha: of "static", a number or one an expert, 1 by default; of "mixture", the static fusions that take
-            part, 0.5, 1 and 1.5 by default.
+            part, none by default.
+        beta: of "upscale", a number, 0.3 by default; of "mixture", the upscaled experts that take part, 0.15, 0.3
+            and 0.6 by default; 0 is the expert itself.
         bounds: (low, high) of alpha, or one pair an expert; not for "static" and "mixture".
         kind: "level" or "shift", for "match".
         weights: of the experts in "match": "uniform", "evidence", or a number each.
@@ -270,10 +294,10 @@ class DynamicFusionLogitsProcessor(Processor):
         evidence_from: the tokens that "mixture" and weights "evidence" learn from: "all", "prompt" or "none".
             The small base stands in for the host on tokens of a prompt, which the host's scores do not reach.
         share: in [0, 0.1], of the weight that is spread evenly after every token. With 0 the loss of "mixture" on
-            a text is at most that of its best component plus ln M nats, M = 1 + T + T len(alpha).
+            a text is at most that of its best component plus ln M nats, M = 1 + T (len(beta) + len(alpha)).
 
     Raises ValueError for a parameter outside its range or of another mode's number of experts. Source:
-    arXiv:2406.15480, section 3 ("grid", "select"); arXiv:2401.08565 ("static").
+    arXiv:2406.15480, section 3 ("grid", "select"); arXiv:2401.08565 ("static"); arXiv:2310.12962 ("upscale").
 
     Where all alpha are 0 the scores are returned bit for bit. Beams are safe. What has learned from generated
     tokens cannot be rolled back: assisted decoding is refused with evidence.
@@ -289,6 +313,7 @@ class DynamicFusionLogitsProcessor(Processor):
     mode: Mode = "mixture"
     target: tilt.Target = "J"
     alpha: float | Sequence[float] | None = None
+    beta: float | Sequence[float] | None = None
     bounds: Sequence[float] | Sequence[tuple[float, float]] = (0.0, 2.0)
     kind: Kind = "level"
     weights: str | Sequence[float] = "uniform"
@@ -319,29 +344,43 @@ class DynamicFusionLogitsProcessor(Processor):
         self._count = len(experts)
         if not experts:
             raise ValueError(f"mode={self.mode!r} needs at least one expert, got none.")
-        if self.mode in ("grid", "newton") and self._count > 1:
+        if self.mode in ("upscale", "grid", "newton") and self._count > 1:
             raise ValueError(
                 f"mode={self.mode!r} takes one expert, got {self._count}; use 'mixture', 'match' or 'select'."
             )
-        self._alpha, self._bounds = self._read_alpha(), self._read_bounds()
+        self._alpha, self._beta, self._bounds = self._read_alpha(), self._read_beta(), self._read_bounds()
         self._weights = self._read_weights()
         self._learns = self.mode == "mixture" or (self.mode == "match" and self.weights == "evidence")
         learning = self._learns and self.evidence_from != "none"
         self.evidence_size = 0
         if learning:
-            self.evidence_size = self._count if self.mode == "match" else 1 + self._count * (1 + len(self._alpha))
+            fused = self._count * (len(self._alpha) + len(self._beta))
+            self.evidence_size = self._count if self.mode == "match" else 1 + fused
         self.supports_assisted = not learning  # type: ignore[misc]
 
     def _read_alpha(self) -> list[float]:
         given = self.alpha
         if given is None:
-            given = 1.0 if self.mode == "static" else (0.5, 1.0, 1.5)
+            given = 1.0 if self.mode == "static" else ()
         alpha = list(given) if isinstance(given, Sequence) else [given]
         for value in alpha:
             in_range("alpha", value, -1e4, 1e4)
         if self.mode == "static" and len(alpha) not in (1, self._count):
             raise ValueError(f"alpha must be a number, or one an expert ({self._count}), got {self.alpha!r}.")
         return alpha * self._count if self.mode == "static" and len(alpha) == 1 else alpha
+
+    def _read_beta(self) -> list[float]:
+        given = self.beta
+        if given is None:
+            given = UPSCALED if self.mode == "mixture" else UPSCALE
+        beta = list(given) if isinstance(given, Sequence) else [given]
+        for value in beta:
+            in_range("beta", value, -1e4, 1e4)
+        if self.mode == "upscale" and len(beta) != 1:
+            raise ValueError(f"beta must be a number for mode='upscale', got {self.beta!r}.")
+        if self.mode == "mixture" and not (beta or self._read_alpha()):
+            raise ValueError("mode='mixture' needs a beta or an alpha: without them only the host takes part.")
+        return beta
 
     def _read_bounds(self) -> list[tuple[float, float]]:
         pairs: list[Any] = list(self.bounds)
@@ -383,6 +422,7 @@ class DynamicFusionLogitsProcessor(Processor):
         one, two = functools.partial(cls, first, base), functools.partial(cls, (first, second), base)
         return {
             "static": two("static", alpha=(1.0, -0.5)),
+            "upscale": one("upscale"),
             "grid": one("grid"),
             "newton": one("newton", target="F", plausibility=0.01),
             "select": two("select"),
@@ -390,7 +430,7 @@ class DynamicFusionLogitsProcessor(Processor):
             "learning": two("match", kind="shift", weights="evidence", share=0.0),
             "mixture": two("mixture", kl_budget=0.5),
             "prompt": one("mixture", evidence_from="prompt"),
-            "even": one("mixture", evidence_from="none"),
+            "even": one("mixture", alpha=(0.5, 1.5), beta=0.0, evidence_from="none"),
         }
 
     def step(
@@ -398,11 +438,13 @@ class DynamicFusionLogitsProcessor(Processor):
     ) -> Tensor:
         base, *experts = companion_scores
         if self.mode == "mixture":
-            components = candidates(scores, base, experts, self._alpha)
+            components = candidates(scores, base, experts, self._alpha, self._beta)
             equal = scores.new_zeros(len(scores), len(components))
             out = mix(components, equal if evidence is None else evidence)
         elif self.mode == "static":
             out = shift(scores, shifts(scores, base, experts), _columns(self._alpha, scores))
+        elif self.mode == "upscale":
+            (out,) = upscaled(scores, base, experts[0], self._beta)
         else:
             weights = _columns(self._weights, scores) if evidence is None else evidence.softmax(-1)
             out = fuse(
@@ -425,7 +467,7 @@ class DynamicFusionLogitsProcessor(Processor):
         if self.mode == "match":
             components = list(experts)
         else:
-            components = candidates(base if scores is None else scores, base, experts, self._alpha)
+            components = candidates(base if scores is None else scores, base, experts, self._alpha, self._beta)
         found = [c.gather(-1, tokens[:, None]).squeeze(-1) - c.logsumexp(-1) for c in components]
         return torch.stack(found, 1).nan_to_num(nan=0.0, neginf=-torch.inf)
 
