@@ -38,6 +38,7 @@ from .. import tilt
 from ..checks import in_range, one_of
 from ..companion import Companion, tiny_companion
 from ..ops import plausible, within_budget
+from ..ops.dispatch import op
 from ..processor import Processor
 from ..registry import register
 
@@ -99,19 +100,34 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
     without a token that all allow. What the host forbids, or an expert with another alpha, is forbidden; where
     only the base forbids, d is 0.
     """
-    options = (mode, target, bounds, kind, ridge, centre, steps)
-    on_cpu = host.device.type == "cpu"
-    rows = max(1, torch.get_num_threads() * CACHED // host.shape[1] if on_cpu else len(host))
+    if mode == "newton":
+        return Fusion(*newton(host, base, experts[0], target, *bounds[0], steps))
     if weights is None:
         weights = _columns([1 / len(experts)] * len(experts), host)
+    return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, steps)
+
+
+@op
+def newton(
+    host: Tensor, base: Tensor, expert: Tensor, target: tilt.Target, low: float, high: float, steps: int
+) -> tuple[Tensor, ...]:
+    """The fields of `Fusion`; see `fuse`."""
+    weights = torch.ones_like(host[:, :1])
+    return _fuse(host, base, [expert], weights, "newton", target, [(low, high)], "level", 0.0, 0.0, steps)
+
+
+def _fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, *options: Any) -> Fusion:
+    """On a CPU so many rows at once as stay in its caches."""
+    on_cpu = host.device.type == "cpu"
+    rows = max(1, torch.get_num_threads() * CACHED // host.shape[1] if on_cpu else len(host))
     parts = [
-        _fuse(host[i], base[i], [e[i] for e in experts], weights[i], *options)
+        _solve(host[i], base[i], [e[i] for e in experts], weights[i], *options)
         for i in (slice(start, start + rows) for start in range(0, max(1, len(host)), rows))
     ]
     return parts[0] if len(parts) == 1 else Fusion(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _fuse(
+def _solve(
     host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, mode: Mode, target: tilt.Target,
     bounds: Sequence[tuple[float, float]], kind: Kind, ridge: float, centre: float, steps: int,
 ) -> Fusion:  # fmt: skip
@@ -143,7 +159,7 @@ def _fuse(
 
 def shifts(host: Tensor, base: Tensor, experts: Sequence[Tensor]) -> Shifts:
     """See `fuse` for the shapes."""
-    allowed = torch.stack([x.amin() for x in (host, base, *experts)]).amin() > FORBIDDEN  # false for NaN
+    allowed = (torch.stack([x.amin(-1) for x in (host, base, *experts)]) > FORBIDDEN).all()  # false for NaN
     inside = blocked = None
     if host.device.type != "cpu" or not bool(allowed):
         blocked = torch.stack([~(e > FORBIDDEN) for e in experts], 1)

@@ -1,5 +1,6 @@
-// Operations of reference.py on a CPU, one function each.
+// Operations on a CPU, one function each.
 
+#include "fusion.h"
 #include "rows.h"
 
 extern "C" {

@@ -1,5 +1,4 @@
-"""Kernels for tensors on a CPU: the C++ sources behind functions with the names and arguments of `reference` and
-`history`."""
+"""Kernels for tensors on a CPU: the C++ sources behind functions with the names and arguments of the operations."""
 
 import ctypes
 import functools
@@ -30,9 +29,32 @@ def _as_c(value: Tensor | int | float | None) -> Any:
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
+def rows_of(like: Tensor, *others: Tensor) -> list[Tensor] | None:
+    """All tensors as contiguous rows; None unless they are float32 tensors of one shape that need no gradient."""
+    for other in others:
+        if other.shape != like.shape or other.dtype != like.dtype or other.device != like.device:
+            return None
+        if type(other) is not Tensor or (other.requires_grad and torch.is_grad_enabled()):
+            return None
+    return [tensor.contiguous() for tensor in (like, *others)]
+
+
 def nll(scores: Tensor, target: Tensor) -> Tensor:
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[1]:
         return NotImplemented  # torch says what is wrong
     scores, out = scores.contiguous(), scores.new_empty(len(scores))
     call("nll", scores, target.contiguous(), out, *scores.shape)
     return out
+
+
+def newton(
+    host: Tensor, base: Tensor, expert: Tensor, target: str, low: float, high: float, steps: int
+) -> tuple[Tensor, ...]:
+    given = rows_of(host, base, expert)
+    if given is None or not host.shape[1]:
+        return NotImplemented
+    out, numbers = torch.empty_like(given[0]), host.new_empty(3, len(host))
+    flags = torch.empty(2, len(host), dtype=torch.bool)
+    call("newton", *given, out, *numbers, *flags, *host.shape, ord(target), float(low), float(high), steps)
+    alpha, kl, reverse_kl = numbers[:, :, None]
+    return out, alpha, kl, reverse_kl, flags[0], flags[1, :, None]

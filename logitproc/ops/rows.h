@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -18,6 +19,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kGrain = 1 << 17;  // scores; starting a thread costs as much as working on so many
+constexpr int64_t kBlock = 2048;     // scores of a row that a few loops share while they are in the nearest cache
 
 // exp(x), relative error below 2e-7; 0 below -87.68, where float32 has no normal number left; inf above 88.37.
 inline float exponential(float x) {
@@ -37,17 +39,29 @@ inline float exponential(float x) {
   return p * scale;
 }
 
-// work(row) for every row, on at most `threads` threads.
+// work(row, scratch) for every row, on at most `threads` threads; each has a scratch of its own.
 template <typename Work>
-void for_rows(int64_t rows, int64_t width, int64_t threads, Work work) {
+void for_rows(int64_t rows, int64_t width, int64_t threads, int64_t scratch, Work work) {
   threads = std::max<int64_t>(1, std::min({threads, rows, rows * width / kGrain}));
   auto part = [=](int64_t i) {
-    for (int64_t row = rows * i / threads; row < rows * (i + 1) / threads; ++row) work(row);
+    const std::unique_ptr<float[]> own(new float[scratch]);
+    for (int64_t row = rows * i / threads; row < rows * (i + 1) / threads; ++row) work(row, own.get());
   };
   std::vector<std::thread> others;
   for (int64_t i = 1; i < threads; ++i) others.emplace_back(part, i);
   part(0);
   for (auto& thread : others) thread.join();
+}
+
+template <typename Work>
+void for_rows(int64_t rows, int64_t width, int64_t threads, Work work) {
+  for_rows(rows, width, threads, 0, [=](int64_t row, float*) { work(row); });
+}
+
+// work(start, n) for the blocks of a row
+template <typename Work>
+void for_blocks(int64_t width, Work work) {
+  for (int64_t start = 0; start < width; start += kBlock) work(start, std::min(kBlock, width - start));
 }
 
 // NaN is passed over.

@@ -1,0 +1,125 @@
+"""Kernels that work on several score tensors: each against its definition in plain torch, in float64 and float32."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+from logitproc import ops
+from logitproc.methods import fusion
+
+INF = math.inf
+SHAPES = ((0, 5), (1, 1), (5, 3), (4, 1021), (3, 7919), (1, 151_936))
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+def rows(count: int, width: int, number: int, forbidden: float = 0.0, seed: int = 0) -> list[Tensor]:
+    """Host, small model, and others near the small one; where some tokens are forbidden, the first never is."""
+    random = torch.Generator().manual_seed(seed)
+    noise = lambda: torch.randn(count, width, generator=random)
+    host = 3 * noise()
+    small = host + noise()
+    found = [host, small, *(small + 0.7 * noise() for _ in range(number - 2))]
+    for scores in found if forbidden else []:
+        scores[:, 1:][torch.rand(count, width - 1, generator=random) < forbidden] = -INF
+    return found
+
+
+def newton(*scores: Tensor, target: str = "J") -> tuple[Tensor, ...]:
+    return fusion.newton(*scores, target, 0.0, 2.0, 12)
+
+
+# operation -> (how many score tensors it takes, a call of it)
+CASES = {f"newton {target}": (3, lambda *s, target=target: newton(*s, target=target)) for target in "RFJ"}
+
+
+def differences(found, exact) -> list[Tensor]:
+    """What each tensor of a result differs by where the exact one is finite; elsewhere they must be equal."""
+    worst = []
+    for ours, truth in zip(found, exact, strict=True):
+        assert ours.shape == truth.shape and ours.dtype != torch.float64
+        ours, truth = ours.double(), truth.double()
+        finite = truth.isfinite()
+        assert torch.equal(ours[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0))
+        worst.append((ours - truth)[finite].abs())
+    return worst
+
+
+def as_tuple(result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize("forbidden", (0.0, 0.1))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_is_as_close_to_float64_as_plain_torch(name, shape, forbidden):
+    number, call = CASES[name]
+    scores = rows(*shape, number, forbidden)
+    before = [x.clone() for x in scores]
+    exact = as_tuple(call(*(x.double() for x in scores)))
+    with ops.backend("reference"):
+        plain = as_tuple(call(*scores))
+    with ops.backend("cpu"):
+        fast = as_tuple(call(*scores))
+    for found, allowed in zip(differences(fast, exact), differences(plain, exact), strict=True):
+        if len(found):
+            assert found.max() <= 2 * allowed.max() + 1e-5
+    assert all(map(torch.equal, scores, before))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_depends_on_nothing_beside_it_nor_on_threads_or_strides(name):
+    number, call = CASES[name]
+    scores = rows(5, 60_000, number, 0.1)
+    together, threads = as_tuple(call(*scores)), torch.get_num_threads()
+    for i in range(5):
+        alone = as_tuple(call(*(x[i : i + 1] for x in scores)))
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, together, strict=True))
+    try:
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, as_tuple(call(*scores)), together))
+    finally:
+        torch.set_num_threads(threads)
+    wide = [torch.stack([x, x + 1], -1)[..., 0] for x in scores]
+    assert not wide[0].is_contiguous() and all(map(torch.equal, as_tuple(call(*wide)), together))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_with_next_to_nothing_in_common(name):
+    number, call = CASES[name]
+    scores = [torch.randn(6, 9, generator=torch.Generator().manual_seed(i)) for i in range(number)]
+    for i, x in enumerate(scores):
+        x[0] = -INF  # nothing left
+        x[1, i::number] = -INF
+        x[2] = -1e30  # a mask, and too large for exp
+        x[3, 1:] = -INF
+        x[4, i:] = -1e38 if i else -INF
+    scores[0][5] = scores[1][5]
+    scores[-1][5] = scores[1][5] + 7
+    with ops.backend("reference"):
+        plain = as_tuple(call(*scores))
+    fast = as_tuple(call(*scores))
+    assert torch.equal(fast[0] == -INF, plain[0] == -INF) and not fast[0].isnan().any()
+    for ours, theirs in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_kernel_cannot_read_runs_in_plain_torch(name):
+    number, call = CASES[name]
+    scores = rows(2, 9, number)
+    expected = as_tuple(call(*scores))
+    other = as_tuple(call(*scores[:-1], scores[-1].double()))
+    for ours, theirs in zip(other, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=False)
+    with pytest.raises(RuntimeError):
+        call(*scores[:-1], scores[-1][:, :5])
+
+
+def test_an_expert_that_equals_its_base_leaves_the_host_bit_for_bit():
+    host, base = rows(3, 1021, 2)
+    for expert in (base, base + 7):
+        scores, alpha, *_, dead = newton(host, base, expert)
+        assert torch.equal(scores, host) and dead.all() and not alpha.any()
