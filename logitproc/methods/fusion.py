@@ -264,6 +264,29 @@ def mix(components: Sequence[Tensor], log_weights: Tensor) -> Tensor:
     return out.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
+@op
+def mixture(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float],
+    log_weights: Tensor,
+) -> Tensor:  # fmt: skip
+    """`mix` of the `candidates`."""
+    return mix(candidates(host, base, experts, alphas, betas), log_weights)
+
+
+@op
+def log_likelihoods(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float],
+    tokens: Tensor,
+) -> Tensor:  # fmt: skip
+    """ln of what each of the `candidates` gave a token, [rows, M]; tokens int64 [rows]. 0 in a row without a token."""
+    return likelihoods(candidates(host, base, experts, alphas, betas), tokens)
+
+
+def likelihoods(components: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    found = [c.log_softmax(-1).gather(-1, tokens[:, None]) for c in components]
+    return torch.cat(found, 1).nan_to_num(nan=0.0, neginf=-torch.inf)
+
+
 def updated(log_weights: Tensor, log_likelihood: Tensor, share: float) -> Tensor:
     """Weights after a token: w_j ~ w_j pi_j(token), then w_j = (1 - share) w_j + share / M; ln, [rows, M].
 
@@ -454,9 +477,9 @@ class DynamicFusionLogitsProcessor(Processor):
     ) -> Tensor:
         base, *experts = companion_scores
         if self.mode == "mixture":
-            components = candidates(scores, base, experts, self._alpha, self._beta)
-            equal = scores.new_zeros(len(scores), len(components))
-            out = mix(components, equal if evidence is None else evidence)
+            count = 1 + len(experts) * (len(self._alpha) + len(self._beta))
+            log_weights = scores.new_zeros(len(scores), count) if evidence is None else evidence
+            out = mixture(scores, base, experts, self._alpha, self._beta, log_weights)
         elif self.mode == "static":
             out = shift(scores, shifts(scores, base, experts), _columns(self._alpha, scores))
         elif self.mode == "upscale":
@@ -481,11 +504,9 @@ class DynamicFusionLogitsProcessor(Processor):
         if scores is not None and self.evidence_from == "prompt":
             return None
         if self.mode == "match":
-            components = list(experts)
-        else:
-            components = candidates(base if scores is None else scores, base, experts, self._alpha, self._beta)
-        found = [c.gather(-1, tokens[:, None]).squeeze(-1) - c.logsumexp(-1) for c in components]
-        return torch.stack(found, 1).nan_to_num(nan=0.0, neginf=-torch.inf)
+            return likelihoods(experts, tokens)
+        host = base if scores is None else scores
+        return log_likelihoods(host, base, experts, self._alpha, self._beta, tokens)
 
     def accumulate(self, total: Tensor, evidence: Tensor) -> Tensor:
         return updated(total, evidence, self.share)

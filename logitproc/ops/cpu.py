@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,36 @@ def newton(
     call("newton", *given, out, *numbers, *flags, *host.shape, ord(target), float(low), float(high), steps)
     alpha, kl, reverse_kl = numbers[:, :, None]
     return out, alpha, kl, reverse_kl, flags[0], flags[1, :, None]
+
+
+def mixture(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float],
+    log_weights: Tensor,
+) -> Tensor:  # fmt: skip
+    if log_weights.dtype != torch.float32 or log_weights.shape[1] != 1 + len(experts) * (len(alphas) + len(betas)):
+        return NotImplemented
+    return _mixture("mixture", host, base, experts, alphas, betas, log_weights, torch.empty(host.shape))
+
+
+def log_likelihoods(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float],
+    tokens: Tensor,
+) -> Tensor:  # fmt: skip
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < host.shape[1]:
+        return NotImplemented  # torch says what is wrong
+    out = torch.empty(len(host), 1 + len(experts) * (len(alphas) + len(betas)))
+    return _mixture("log_likelihoods", host, base, experts, alphas, betas, tokens, out)
+
+
+def _mixture(
+    name: str, host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float],
+    betas: Sequence[float], about_rows: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
+    given = rows_of(host, base, *experts)
+    if given is None or not host.shape[1] or len(about_rows) != len(host):
+        return NotImplemented
+    pointers = torch.tensor([expert.data_ptr() for expert in given[2:]])
+    numbers = [torch.tensor(values, dtype=torch.float32) for values in (alphas, betas)]
+    call(name, *given[:2], pointers, *numbers, about_rows.contiguous(), out, *host.shape, len(experts),
+         len(alphas), len(betas))  # fmt: skip
+    return out

@@ -48,14 +48,14 @@ struct Moments {
 
 inline bool allowed(float x) { return x > kForbidden; }
 
-// The first of the tokens that the host likes best among those that host, base and expert allow; 0 without any.
-int64_t first_choice(const float* host, const float* base, const float* expert, int64_t width) {
-  int64_t first = std::find(host, host + width, maximum(host, width)) - host;
-  if (first < width && allowed(host[first]) && allowed(base[first]) && allowed(expert[first])) return first;
-  first = 0;
+// The first of the tokens that x likes best among those that x, y and z allow; -1 without any.
+int64_t first_choice(const float* x, const float* y, const float* z, int64_t width) {
+  int64_t first = std::find(x, x + width, maximum(x, width)) - x;
+  if (first < width && allowed(x[first]) && allowed(y[first]) && allowed(z[first])) return first;
+  first = -1;
   float best = kForbidden;
   for (int64_t i = 0; i < width; ++i)
-    if (allowed(base[i]) && allowed(expert[i]) && host[i] > best) best = host[first = i];
+    if (allowed(y[i]) && allowed(z[i]) && x[i] > best) best = x[first = i];
   return first;
 }
 
@@ -104,6 +104,57 @@ struct Newton {
   }
 };
 
+// A component of a mixture: x + a d, d = y - base less a constant where all three allow a token, else 0.
+struct Component {
+  const float *x, *base, *y;
+  float a, reference;
+  bool upscaled;  // x is the expert and y the host, both must allow a token; else y, the expert, unless a is 0
+
+  void read(int64_t start, int64_t n, float* to) const {
+    const float *px = x + start, *pb = base + start, *py = y + start;
+    const float slope = a, less = reference;
+    const bool x_free = !upscaled, y_free = !upscaled && a == 0;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool has_x = allowed(px[i]), has_y = allowed(py[i]);
+      const float d = has_x & has_y & allowed(pb[i]) ? (py[i] - pb[i]) - less : 0.0f;
+      to[i] = (has_x | x_free) & (has_y | y_free) ? px[i] + slope * d : -kInfinity;
+    }
+  }
+};
+
+// One row of `candidates`, and the sum of exp over each.
+struct Mixture {
+  std::vector<Component> components;
+  std::vector<LogSum> sums;
+
+  Mixture(const float* host, const float* base, const float* const* experts, int64_t row, int64_t width, int64_t count,
+          const float* alpha, int64_t alphas, const float* beta, int64_t betas) {
+    const float *h = host + row * width, *b = base + row * width;
+    const Component own{h, b, h, 0, 0, false};
+    components.push_back(own);
+    for (const bool upscaled : {true, false})
+      for (int64_t t = 0; t < count && (upscaled ? betas : alphas); ++t) {
+        const float* e = experts[t] + row * width;
+        const float *x = upscaled ? e : h, *y = upscaled ? h : e;
+        const int64_t first = first_choice(x, b, y, width);
+        const float reference = first < 0 ? 0 : y[first] - b[first];
+        bool left = first >= 0;
+        for (int64_t i = 0; upscaled && !left && i < width; ++i) left = allowed(h[i]) && allowed(e[i]);
+        for (int64_t k = 0; k < (upscaled ? betas : alphas); ++k)
+          components.push_back(left ? Component{x, b, y, upscaled ? beta[k] : alpha[k], reference, upscaled} : own);
+      }
+    sums.resize(components.size());
+    float scores[kBlock];
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      for (size_t j = 0; j < components.size(); ++j) {
+        components[j].read(start, n, scores);
+        sums[j].add(scores, n);
+      }
+    });
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -115,7 +166,7 @@ void newton(const float* host, const float* base, const float* expert, float* ou
   for_rows(rows, width, threads, width, [=](int64_t row, float* d) {
     const float *h = host + row * width, *b = base + row * width, *e = expert + row * width;
     float* z = out + row * width;  // ln w of the host, until the fused scores are written
-    const int64_t first = first_choice(h, b, e, width);
+    const int64_t first = std::max<int64_t>(0, first_choice(h, b, e, width));
     const float top = h[first], reference = e[first] - b[first];
     Moments own, small, tuned;
     float x[kBlock], y[kBlock];
@@ -154,6 +205,57 @@ void newton(const float* host, const float* base, const float* expert, float* ou
     }
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) z[i] = allowed(e[i]) ? h[i] + a * d[i] : -kInfinity;
+  });
+}
+
+// host, base, experts [count][rows, width]; log_weights [rows, 1 + count (alphas + betas)] -> out [rows, width]
+void mixture(const float* host, const float* base, const float* const* experts, const float* alpha, const float* beta,
+             const float* log_weights, float* out, int64_t rows, int64_t width, int64_t count, int64_t alphas,
+             int64_t betas, int64_t threads) {
+  const int64_t parts = 1 + count * (alphas + betas);
+  for_rows(rows, width, threads, parts * kBlock, [=](int64_t row, float* scratch) {
+    const Mixture m(host, base, experts, row, width, count, alpha, alphas, beta, betas);
+    const float* w = log_weights + row * parts;
+    double top = *std::max_element(w, w + parts), sum = 0;
+    for (int64_t j = 0; j < parts; ++j) sum += std::exp(w[j] - top);
+    const double log_sum = top + std::log(sum);
+    float* z = out + row * width;
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      float best[kBlock], total[kBlock];
+      std::fill(best, best + n, -kInfinity);
+      std::fill(total, total + n, 0.0f);
+      for (int64_t j = 0; j < parts; ++j) {
+        float* x = scratch + j * kBlock;
+        m.components[j].read(start, n, x);
+        const float highest = static_cast<float>(m.sums[j].top);
+        const float weight = static_cast<float>(w[j] - log_sum - std::log(m.sums[j].total));
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) best[i] = std::max(best[i], x[i] = (x[i] - highest) + weight);
+      }
+      for (int64_t j = 0; j < parts; ++j) {
+        const float* x = scratch + j * kBlock;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) total[i] += exponential(x[i] - best[i]);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) z[start + i] = best[i] > -kInfinity ? best[i] + logarithm(total[i]) : -kInfinity;
+    });
+  });
+}
+
+// What each component gave a token: token [rows] -> out [rows, 1 + count (alphas + betas)], ln
+void log_likelihoods(const float* host, const float* base, const float* const* experts, const float* alpha,
+                     const float* beta, const int64_t* token, float* out, int64_t rows, int64_t width, int64_t count,
+                     int64_t alphas, int64_t betas, int64_t threads) {
+  const int64_t parts = 1 + count * (alphas + betas);
+  for_rows(rows, width, threads, [=](int64_t row) {
+    const Mixture m(host, base, experts, row, width, count, alpha, alphas, beta, betas);
+    for (int64_t j = 0; j < parts; ++j) {
+      float score;
+      m.components[j].read(token[row], 1, &score);
+      const double found = (score - m.sums[j].top) - std::log(m.sums[j].total);
+      out[row * parts + j] = std::isnan(found) ? 0 : static_cast<float>(found);  // a row without a token
+    }
   });
 }
 

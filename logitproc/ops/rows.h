@@ -39,6 +39,27 @@ inline float exponential(float x) {
   return p * scale;
 }
 
+// ln x of a normal x > 0, relative error below 2e-7 (polynomial of the Cephes library)
+inline float logarithm(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const int32_t n = (bits - 0x3f3504f3) >> 23;  // x = 2^n m, m from sqrt(1/2) to sqrt(2)
+  bits -= n * (1 << 23);
+  float m;
+  std::memcpy(&m, &bits, sizeof m);
+  const float f = m - 1.0f, e = static_cast<float>(n);
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return e * 0.693145752f + (f + (f * f * (f * p - 0.5f) + e * 1.42860677e-6f));
+}
+
 // work(row, scratch) for every row, on at most `threads` threads; each has a scratch of its own.
 template <typename Work>
 void for_rows(int64_t rows, int64_t width, int64_t threads, int64_t scratch, Work work) {
@@ -79,5 +100,20 @@ inline float sum_of_exp(const float* x, int64_t n, float top) {
   for (int64_t i = 0; i < n; ++i) sum += exponential(x[i] - top);
   return sum;
 }
+
+// logsumexp of a row, block by block: sums in float32 within a block and in float64 from block to block
+struct LogSum {
+  double top = -std::numeric_limits<double>::infinity(), total = 0;
+
+  void add(const float* x, int64_t n) {
+    const float high = maximum(x, n);
+    if (!(high > -kInfinity)) return;  // a block may be forbidden
+    if (high > top) {
+      total *= std::exp(top - high);
+      top = high;
+    }
+    total += std::exp(high - top) * sum_of_exp(x, n, high);
+  }
+};
 
 }  // namespace

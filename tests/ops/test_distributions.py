@@ -31,8 +31,21 @@ def newton(*scores: Tensor, target: str = "J") -> tuple[Tensor, ...]:
     return fusion.newton(*scores, target, 0.0, 2.0, 12)
 
 
+def mixture(host: Tensor, base: Tensor, *experts: Tensor) -> Tensor:
+    alphas, betas = (0.5, 0), (0, 0.3)
+    log_w = torch.linspace(-2, 2, 1 + 4 * len(experts), dtype=host.dtype)
+    log_w[2] = -INF
+    return fusion.mixture(host, base, experts, alphas, betas, log_w.expand(len(host), -1))
+
+
+def log_likelihoods(host: Tensor, base: Tensor, *experts: Tensor) -> Tensor:
+    return fusion.log_likelihoods(host, base, experts, (1.5,), (0.3, 0.6), base.argmax(-1))
+
+
 # operation -> (how many score tensors it takes, a call of it)
-CASES = {f"newton {target}": (3, lambda *s, target=target: newton(*s, target=target)) for target in "RFJ"}
+CASES = {f"newton {target}": (3, lambda *s, target=target: newton(*s, target=target)) for target in "RFJ"} | {
+    "mixture": (3, mixture), "mixture of two": (4, mixture), "log_likelihoods": (4, log_likelihoods),
+}  # fmt: skip
 
 
 def differences(found, exact) -> list[Tensor]:
@@ -106,6 +119,7 @@ def test_rows_with_next_to_nothing_in_common(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_kernel_cannot_read_runs_in_plain_torch(name):
     number, call = CASES[name]
