@@ -255,7 +255,7 @@ class NGramCounter:
         """
         runs, size = len(self._spilled.runs), max(1, self.memory_tokens // _MERGE_SHARE)
         step = max(1, size // (8 * runs))
-        sample = np.sort(np.concatenate([self._run(i)[0, ::step] for i in range(runs)]))
+        sample = np.sort(np.concatenate([self._run(i)[0, ::step].copy() for i in range(runs)]))
         cuts = sample[size // step :: size // step]
         if len(self._widths) == 1:
             cuts -= cuts % self._base  # the word ends with the target: cut between contexts only

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -154,6 +155,24 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
         return peak
 
     assert peak(500_000) < 1.1 * peak(100_000)
+
+
+def test_a_run_is_let_go_before_ranges_are_looked_for_in_the_next(tmp_path, monkeypatch):
+    # The pages read of a mapped file count as memory as long as it is mapped; all runs are as large as the corpus.
+    counter = NGramCounter(tmp_path, 3, 9, 0, memory_tokens=100)
+    add(counter, [[1, 2, 3, 4] * 10] * 20)
+    counter.finish()
+    mapped, original = [], NGramCounter._run
+
+    def run(self, index):
+        found = original(self, index)
+        mapped.append(weakref.ref(found.base))
+        assert sum(file() is not None for file in mapped) == 1
+        return found
+
+    monkeypatch.setattr(NGramCounter, "_run", run)
+    counter._ranges()
+    assert len(mapped) > 10
 
 
 # --- resuming ---
