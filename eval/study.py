@@ -6,9 +6,9 @@
     python eval/study.py report --styles runs/pocket/styles --out runs/study
 
 `choose` generates at a few strengths for every arm and one seed from the prompts on odd lines, and ranks the
-arms by the rule below. `strength` looks closer at the chosen arm: the same prompts, three seeds. `report` takes
-the prompts on even lines and three seeds: the whole grid, sampled and greedy, for the printed rule and the
-default, a few strengths for their rivals. All resume. `--model` takes any causal LM.
+arms by the rule below. `strength` looks closer at the chosen arm and other masks: the same prompts, three seeds.
+`report` takes the prompts on even lines and three seeds: the whole grid, sampled and greedy, for the printed rule
+and the default, a few strengths for their rivals. All resume. `--model` takes any causal LM.
 
 Fixed before the first run (specification of the method, section 6). A setting is admissible on a corpus if,
 against unsteered text of the same prompts and seeds, sampled at temperature 1 and top-p .9,
@@ -26,6 +26,12 @@ the chosen arm, on the choosing half with three seeds, is admissible on all corp
 interval of the base difference, not just its mean, is within BASE_MARGIN; if there is none, the largest that is
 admissible on all corpora. The reason: by means of one seed, strength 1 passed the choosing half and then missed
 the margin on one corpus of the reporting half (2026-11-23).
+
+Another mask, a rule written on 2026-11-25, before `strength` first ran on MASKS: of those arms and FINE, on the
+choosing half with three seeds, the setting of largest mean held-out gain that is safe (admissible, and the upper
+end of the interval of the base difference within BASE_MARGIN) on all corpora, of an arm that collapses nowhere.
+It replaces the default if it gains at least GAIN_KEPT of what the default does there, and if on the reporting half,
+looked at once, it is admissible on all corpora and collapses nowhere.
 """
 
 import argparse
@@ -47,6 +53,7 @@ CORPORA = ("quixote", "headlines", "arxiv")
 GRID = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.00)
 COARSE = (0.1, 0.2, 0.3, 0.5, 1.0)
 FINE = (0.5, 0.7, 0.9, 1.0)
+GAIN_KEPT = 0.9
 TEMPERATURES = (0.7, 0.8, 0.9)
 SEEDS = (0, 1, 2)
 SAMPLE = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
@@ -67,6 +74,14 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {
         3,
         {"rule": "backoff", "confidence": "wb", "guard": 2.0, "plausibility": 0.01},
     ),
+    "backoff wb keep.003 guard2": (
+        3,
+        {"rule": "backoff", "confidence": "wb", "guard": 2.0, "plausibility": 0.003},
+    ),
+    "backoff wb keep.02 guard2": (
+        3,
+        {"rule": "backoff", "confidence": "wb", "guard": 2.0, "plausibility": 0.02},
+    ),
     "backoff keep.05": (3, {"rule": "backoff", "plausibility": 0.05}),
     "backoff keep.01": (3, {"rule": "backoff", "plausibility": 0.01}),
     "backoff guard": (3, {"rule": "backoff", "guard": 0.8}),
@@ -85,6 +100,7 @@ INSTRUCTIONS = {
 }
 DEFAULT = "backoff wb keep.01 guard2"  # what `choose` chose
 RIVALS = ["backoff wb"]
+MASKS = ["backoff wb guard2", "backoff wb keep.003 guard2", "backoff wb keep.02 guard2"]
 
 
 class Study:
@@ -266,15 +282,25 @@ def ranking(result: dict) -> list[tuple[str, str, int, int, float]]:
     return sorted(rows, key=lambda r: (r[3] == 0, r[2], r[4]), reverse=True)
 
 
+def safe(judgement: dict[str, Any]) -> bool:
+    """Admissible, and surely within the margin of base nats rather than by its mean."""
+    return judgement["admissible"] and judgement["difference"]["base_nll"]["high"] <= BASE_MARGIN
+
+
+def safe_settings(result: dict) -> list[tuple[str, str, float]]:
+    """(arm, strength, mean held-out gain) of what is safe on all corpora, of arms that collapse nowhere; best first."""
+    return [
+        (arm, strength, gain) for arm, strength, _, collapses, gain in ranking(result)
+        if not collapses and all(safe(result[c][arm][strength]) for c in CORPORA)
+    ]  # fmt: skip
+
+
 def default_strength(by_corpus: dict[str, dict[str, dict]]) -> str | None:
     """The strength that the second rule above chooses from {corpus: {strength: judgement}}; None if no one is."""
     strengths = sorted(next(iter(by_corpus.values())), key=float)
     admissible = [s for s in strengths if all(cells[s]["admissible"] for cells in by_corpus.values())]
-    safe = [
-        s for s in admissible
-        if all(cells[s]["difference"]["base_nll"]["high"] <= BASE_MARGIN for cells in by_corpus.values())
-    ]  # fmt: skip
-    return (safe or admissible or [None])[-1]
+    surely = [s for s in admissible if all(safe(cells[s]) for cells in by_corpus.values())]
+    return (surely or admissible or [None])[-1]
 
 
 def markdown(result: dict) -> str:
@@ -347,11 +373,13 @@ if __name__ == "__main__":
         for arm, strength, corpora, collapses, gain in ranking(document["sample"])[:20]:
             print(f"{arm:24} {strength:>4}  admissible on {corpora}, {collapses} collapses, gain {gain:.2f}")
     elif args.stage == "strength":
-        arms = args.arms or [DEFAULT]
+        arms = args.arms or [DEFAULT, *MASKS]
         document = {"sample": run(study, arms, FINE, SEEDS)}
         print(markdown(document["sample"]))
         for arm in arms:
             print(f"{arm}: {default_strength({c: document['sample'][c][arm] for c in CORPORA})}")
+        for arm, strength, gain in safe_settings(document["sample"]):
+            print(f"safe on all corpora: {arm} at {strength}, mean held-out gain {gain:.2f}")
     else:
         arms = args.arms or ["paper", DEFAULT]
         document = {

@@ -62,6 +62,18 @@ def test_the_default_strength_keeps_the_margin_on_all_corpora_with_its_interval(
     assert study.default_strength({"one": easy, "other": judged}) == chosen
 
 
+def test_a_safe_setting_is_surely_within_the_margin_on_all_corpora_and_its_arm_never_collapses():
+    judged = lambda *args, **options: study.judge(cells(*args, **options), PLAIN, CONTROLS)
+    good, better = judged(4.2, 6.0), judged(4.2, 5.0)
+    unsure, loops = judged(4.48, 5.0, spread=0.2), judged(4.2, 5.0, rep=0.2)
+    assert unsure["admissible"] and loops["collapse"]
+    arms = {"mild": {"0.5": good, "1": better}, "strong": {"0.5": better, "1": loops}, "unsteered": {}}
+    result = {corpus: arms for corpus in study.CORPORA}
+    assert [setting[:2] for setting in study.safe_settings(result)] == [("mild", "1"), ("mild", "0.5")]
+    result["arxiv"] = {**arms, "mild": {"0.5": good, "1": unsure}}
+    assert [setting[:2] for setting in study.safe_settings(result)] == [("mild", "0.5")]
+
+
 def test_seeds_are_averaged_inside_a_prompt():
     rows = [{"line": 1, "x": 1.0}, {"line": 2, "x": 5.0}, {"line": 1, "x": 3.0}, {"line": 2, "x": 7.0}]
     assert study.Cells(rows).per_prompt("x").tolist() == [2.0, 6.0]
