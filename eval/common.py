@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitproc import __version__, cli
@@ -87,6 +88,8 @@ def _score(args: argparse.Namespace, divergence: bool) -> "tuple[Report, Figures
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if args.json:
+        _check_output(Path(args.json))
     chain, spec = cli.build_chain(args.proc, args.chain)
     if divergence and not spec:
         raise ValueError("There is nothing to compare the model with; give --proc or --chain.")
@@ -126,6 +129,15 @@ def _publish(args: argparse.Namespace, result: Figures, table: Callable[[Figures
     print(_header(result, args) + table(result))
     if args.json:
         write_text(args.json, json.dumps(_finite(result)) + "\n")
+
+
+def _check_output(path: Path) -> None:
+    """Raise before an hour of work rather than after it."""
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder; name a file.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"--json {path} cannot be written: {above} is no folder.")
 
 
 def _on_cpu(device: str) -> bool:

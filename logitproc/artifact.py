@@ -61,7 +61,12 @@ class Artifact:
         if document.get("kind") != cls.kind:
             raise ValueError(f"{folder} holds a {document.get('kind')!r}, not a {cls.kind!r}.")
         arrays = _read_tensors(folder / document.get("tensors", _TENSORS), document["sha256"])
-        return cls._restore(document["tokenizer"], document["scalars"], arrays)
+        try:
+            return cls._restore(document["tokenizer"], document["scalars"], arrays)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / _JSON} is damaged: it does not fit its arrays ({error}). Fit or copy the artifact again."
+            ) from error
 
     def fingerprint(self) -> str:
         """SHA-256 of what the artifact holds, wherever it was loaded from."""

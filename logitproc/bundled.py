@@ -36,7 +36,7 @@ def find_model(name: str) -> str:
         return pocket(name)
     if Path(name).exists():
         raise FileNotFoundError(
-            f"{name} is no model: it holds neither config.json nor tokenizer_config.json."
+            f"{Path(name)} is no model: it holds neither config.json nor tokenizer_config.json."
         )
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists():
         return name

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 def name_and_number(text: str) -> tuple[str, float]:
@@ -27,3 +28,22 @@ def in_range(key: str, value: float, low: float, high: float) -> None:
     if not number or not low <= value <= high:
         bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
         raise ValueError(f"{key} must be a number {bounds}, got {value!r}.")
+
+
+def whole(key: str, value: Any, low: int) -> None:
+    """Raise unless value is a whole number (no bool) of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{key} must be a whole number of at least {low}, got {value!r}.")
+
+
+def true_or_false(key: str, value: Any) -> None:
+    """Raise unless value is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}.")
+
+
+def listed(key: str, value: Any) -> tuple[Any, ...]:
+    """The items of a list or tuple; raise for anything else."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key} must be a list, got {value!r}.")
+    return tuple(value)

@@ -41,14 +41,19 @@ def documents(
     """
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"sample_by must be one of {', '.join(SAMPLE_BY)}, got {sample_by!r}.")
+    if source == "":
+        raise ValueError("The name of the corpus is empty; give a file or a dataset.")
     is_path = isinstance(source, Path) or isinstance(source, str) and _names_a_file(source)
     is_hub_name = isinstance(source, str) and not is_path
     reader = _READERS.get(Path(str(source)).suffix.lower()) if is_path else None
     name = str(source) if is_path or is_hub_name else f"The {type(source).__name__}"
     if sample_by != "auto" and (reader or not is_path):
         raise ValueError(f"sample_by={sample_by!r} cuts text files; {name} has its own documents.")
-    if config is not None and not is_hub_name:
-        raise ValueError(f"config={config!r} chooses part of a dataset of the hub; {name} is none.")
+    for key, value, default in (("config", config, None), ("split", split, "train")):
+        if value != default and not is_hub_name:
+            raise ValueError(f"{key}={value!r} chooses part of a dataset of the hub; {name} is none.")
+    if column != "text" and is_path and not reader:
+        raise ValueError(f"column={column!r} is for files with columns; {name} is read as plain text.")
 
     texts: Iterable[Any]
     if is_hub_name:
@@ -217,7 +222,9 @@ def _parsed(items: Iterator[Any], path: Path) -> Iterator[Any]:
 
 
 def _names_a_file(source: str) -> bool:
-    """Whether a string is a path rather than the name of a dataset: a missing book.txt is a path."""
+    """Whether a string is a path rather than the name of a dataset: a missing book.txt or ./book is a path."""
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        return True
     return os.path.exists(source) or Path(source).suffix.lower() in (*_READERS, *_TEXT_SUFFIXES)
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .artifact import Artifact, describe_tokenizer, new_folder, write_artifact, write_text
+from .artifact import Artifact, check_new, describe_tokenizer, new_folder, write_artifact, write_text
 from .counting import NGramCounter
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ class NGramPrior(Artifact):
 
         _check_order(order)
         _check_discounts(discounts, order)
-        if out is not None and Path(out).exists() and not force:
-            raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it.")
+        if out is not None:
+            check_new(out, force)
         about = describe_tokenizer(tokenizer)
         name = Path(corpus).name if isinstance(corpus, str | Path) else type(corpus).__name__
         texts = documents(corpus, **reading)

@@ -116,6 +116,16 @@ def test_a_damaged_description_is_refused(toy, tmp_path, text):
         Toy.load(tmp_path / "a")
 
 
+def test_a_description_that_does_not_fit_its_arrays_is_refused(tmp_path):
+    lp.NGramPrior.from_ids([[1, 2, 3]], order=2, vocab_size=5).save(tmp_path / "a")
+    file = tmp_path / "a" / "artifact.json"
+    document = json.loads(file.read_text())
+    for damaged in ({"scalars": {}}, {"scalars": {**document["scalars"], "order": 4}}, {"tokenizer": {}}):
+        file.write_text(json.dumps(document | damaged))
+        with pytest.raises(ValueError, match="artifact.json is damaged: it does not fit its arrays"):
+            lp.NGramPrior.load(tmp_path / "a")
+
+
 def test_damaged_missing_and_swapped_numbers_are_refused(toy, tmp_path):
     toy.save(tmp_path / "a")
     file = tmp_path / "a" / "artifact.safetensors"

@@ -550,7 +550,10 @@ def test_fit_refuses_what_it_cannot_read_or_write(refused, corpus, tmp_path):
     # A file where a folder should be is as unwritable for an administrator as for anyone else.
     message = refused("fit", "ngram", "--corpus", corpus, "--out", corpus / "prior")
     assert "corpus.txt" in message
-    assert not (tmp_path / "x").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("not ours")
+    assert "is not replaced" in refused("fit", "ngram", "--corpus", corpus, "--out", tmp_path / "mine", "--force")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "empty.txt", "mine"]
 
 
 def test_an_interrupted_fit_says_that_it_can_be_resumed(monkeypatch, refused, corpus, tmp_path):

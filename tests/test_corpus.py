@@ -230,6 +230,15 @@ def test_arguments_are_checked_at_the_call(tmp_path, write):
         documents(str(tmp_path))
     with pytest.raises(ValueError, match="sample_by must be one of auto, line, .* got 'page'"):
         documents(path, sample_by="page")
+    with pytest.raises(FileNotFoundError, match="There is no file none"):
+        documents("./none")  # it begins like a path, so no hub is asked
+    with pytest.raises(ValueError, match="name of the corpus is empty"):
+        documents("")
+    with pytest.raises(ValueError, match="column='body' is for files with columns; .* plain text"):
+        documents(path, column="body")
+    for key in ("config", "split"):
+        with pytest.raises(ValueError, match=f"{key}='x' chooses part of a dataset of the hub"):
+            documents(rows, **{key: "x"})
     for source in (rows, ["x"], "me/novels"):
         with pytest.raises(ValueError, match="sample_by='line' cuts text files"):
             documents(source, sample_by="line")

@@ -162,6 +162,14 @@ def test_bad_input_ends_with_status_2_and_one_sentence(run, here, capsys, change
     assert shown.err.startswith("perplexity: ") and shown.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("place, sentence", [("", "is a folder"), ("file/report.json", "file is no folder")])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(run, here, tmp_path, capsys, place, sentence):
+    (tmp_path / "file").write_text("")
+    assert run("perplexity", *common_flags(here), "--json", tmp_path / place) == 2
+    shown = capsys.readouterr()
+    assert sentence in shown.err and shown.out == ""
+
+
 @pytest.mark.parametrize("flag", ["--context", "--stride", "--batch-size", "--limit"])
 def test_counts_below_one_are_refused(run, here, capsys, flag):
     with pytest.raises(SystemExit) as end:

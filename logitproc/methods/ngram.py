@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import in_range, name_and_number, one_of
+from ..checks import in_range, listed, name_and_number, one_of, true_or_false, whole
 from ..ops import NGramBias, NGramTable, add_ngrams, loop_guard
 from ..prior import NGramPrior, default_weights, symbol_table
 from ..processor import Processor, trailing
@@ -234,20 +234,21 @@ class NGramStyleLogitsProcessor(Processor):
             in_range("clip", self.clip, 0, math.inf)
         if self.guard:
             in_range("guard_base", self.guard_base, 1.0001, math.inf)
-            in_range("guard_length", self.guard_length, 1, math.inf)
+            whole("guard_length", self.guard_length, 1)
             in_range("guard_cap", self.guard_cap, self.guard, 1e9)
         if not isinstance(self.prior, NGramPrior):
             raise ValueError(f"prior must be an NGramPrior, got {type(self.prior).__name__}.")
         if (self.rule == "ratio") != (self.background is not None):
             raise ValueError("rule='ratio' needs a background prior, and no other rule takes one.")
+        self.weights = None if self.weights is None else listed("weights", self.weights)
         if self.weights is not None and len(self.weights) != self.prior.order:
-            raise ValueError(f"weights must hold {self.prior.order} numbers, got {self.weights!r}.")
+            raise ValueError(f"weights must hold {self.prior.order} numbers, got {list(self.weights)}.")
         self._schedule, self._amount = name_and_number(
             one_of("schedule", self.schedule, ("constant", "entropy", "ramp(n)", "budget(eps)"))
         )
         one_of("confidence", self.confidence, ("none", "wb", "count(d)"))
-        self.weights = None if self.weights is None else tuple(self.weights)
-        self.exempt = tuple(self.exempt)
+        true_or_false("bos", self.bos)
+        self.exempt = listed("exempt", self.exempt)
         for token in self.exempt:
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1

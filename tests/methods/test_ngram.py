@@ -489,7 +489,9 @@ def test_a_file_that_is_not_our_arpa_is_refused(prior, tmp_path, text, message):
      ({"schedule": "ramp"}, "schedule must be one of"), ({"schedule": "budget(0)"}, "schedule must be"),
      ({"confidence": "count"}, "confidence must be one of"), ({"plausibility": 2}, "plausibility must be"),
      ({"rule": "ratio"}, "needs a background"), ({"weights": (1.0,)}, "weights must hold 3"),
-     ({"exempt": (50,)}, "exempt must be")],
+     ({"exempt": (50,)}, "exempt must be"), ({"exempt": 3}, "exempt must be a list"),
+     ({"weights": 3}, "weights must be a list"), ({"bos": "maybe"}, "bos must be true or false"),
+     ({"guard_length": 1.5, "guard": 1.0}, "guard_length must be a whole number")],
 )  # fmt: skip
 def test_a_parameter_outside_its_range_is_refused(prior, options, message):
     with pytest.raises(ValueError, match=message):
