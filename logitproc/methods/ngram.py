@@ -282,9 +282,8 @@ class NGramStyleLogitsProcessor(Processor):
         out = scores
         if self.strength:
             self._ngrams = self._ngrams.to(scores.device)
-            out = add_ngrams(
-                scores, trailing(tokens, self._reach), self._ngrams, self._factor(scores, generated), **self._options
-            )
+            recent = tokens if tokens.shape[1] >= self._reach else trailing(tokens, self._reach)
+            out = add_ngrams(scores, recent, self._ngrams, self._factor(scores, generated), **self._options)
         if self.guard:
             out = loop_guard(out, tokens, generated, self.guard, self.guard_base, self.guard_length, self.guard_cap,
                              in_place=out is not scores)  # fmt: skip

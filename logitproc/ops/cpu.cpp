@@ -1,6 +1,7 @@
 // Operations on a CPU, one function each.
 
 #include "fusion.h"
+#include "history.h"
 #include "rows.h"
 
 extern "C" {

@@ -2,14 +2,17 @@
 
 import ctypes
 import functools
+import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import native
+from .history import NGramBias, NGramTable, longest_match
 
 
 @functools.cache
@@ -18,16 +21,19 @@ def library() -> Any:
     return native.load(Path(__file__).with_name("cpu.cpp"))
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Run a function of `cpu.cpp`. Tensors must be contiguous; the number of threads comes last."""
+def call(name: str, *arguments: Any) -> None:
+    """Run a C++ function on numbers, contiguous tensors or None, and arrays; the number of threads comes last.
+
+    An argument has the same kind at every call: its C type is that of the first.
+    """
     kernel = getattr(library(), name)
-    kernel(*map(_as_c, arguments), ctypes.c_int64(torch.get_num_threads()))
+    if kernel.argtypes is None:
+        kernel.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
+    kernel(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments], torch.get_num_threads())
 
 
-def _as_c(value: Tensor | int | float | None) -> Any:
-    if value is None or isinstance(value, Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+def _c_type(argument: Any) -> Any:
+    return {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}.get(type(argument), ctypes.c_void_p)
 
 
 def rows_of(like: Tensor, *others: Tensor) -> list[Tensor] | None:
@@ -91,4 +97,75 @@ def _mixture(
     numbers = [torch.tensor(values, dtype=torch.float32) for values in (alphas, betas)]
     call(name, *given[:2], pointers, *numbers, about_rows.contiguous(), out, *host.shape, len(experts),
          len(alphas), len(betas))  # fmt: skip
+    return out
+
+
+# --- history ---
+
+
+class _Table(ctypes.Structure):
+    """`Table` of history.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("base", "symbols", "keys", "start", "ids", "values", "trust", "seen")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "contexts", "order", "bos", "seen_count")),
+    ]
+
+
+class _Tables:
+    """What the kernel reads of a bias."""
+
+    made: "ClassVar[weakref.WeakKeyDictionary[NGramBias, _Tables]]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, ngrams: NGramBias):
+        step = torch.nn.functional.pad(ngrams.allowed.int(), (1, 1)).diff()
+        self.spans = torch.stack([(step == 1).nonzero()[:, 0], (step == -1).nonzero()[:, 0]], 1)
+        self.seen = [_seen(table.base) for table in ngrams.tables]
+        self.tables = (_Table * len(ngrams.tables))(*map(_table, ngrams.tables, self.seen))
+
+    @classmethod
+    def of(cls, ngrams: NGramBias) -> "_Tables":
+        return cls.made.get(ngrams) or cls.made.setdefault(ngrams, cls(ngrams))
+
+
+def _seen(base: Tensor) -> Tensor | None:
+    """Where the base is not 0; None where there are so many that a pass over all is faster."""
+    seen = base.nonzero()[:, 0]
+    return seen if 8 * len(seen) <= len(base) else None
+
+
+def _table(table: NGramTable, seen: Tensor | None) -> _Table:
+    tensors = (table.base, table.symbols, table.keys, table.start, table.ids, table.values, table.trust, seen)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    seen_count = 0 if seen is None else len(seen)
+    return _Table(*pointers, len(table.base), len(table.keys) - 1, table.order, table.bos, seen_count)
+
+
+def add_ngrams(
+    scores: Tensor, tokens: Tensor, ngrams: NGramBias, factor: Tensor | None = None, *, centred: bool = False,
+    plausibility: float = 0.0, drop: bool = False, clip: float = math.inf, budget: float = math.inf,
+) -> Tensor:  # fmt: skip
+    reach = max(table.order for table in ngrams.tables) - 1
+    if clip < math.inf or budget < math.inf or len(ngrams.tables) > 2 or tokens.shape[1] < reach:
+        return NotImplemented
+    native = _Tables.of(ngrams)
+    scores = scores.contiguous()
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # the last columns of a history, often
+    out = torch.empty_like(scores)
+    limit = math.log(plausibility) - 1e-6 if plausibility else 0.0
+    call("add_ngrams", scores, tokens, tokens.stride(0), factor if factor is None else factor.contiguous(),
+         native.tables, len(native.tables) > 1, native.spans, len(native.spans), 2 if plausibility else int(centred),
+         limit, drop, out, tokens.shape[1], *scores.shape)  # fmt: skip
+    return out
+
+
+def loop_guard(
+    scores: Tensor, tokens: Tensor, generated: Tensor, strength: float, base: float, length: int, cap: float,
+    *, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    if tokens.shape[1] < 2 or not scores.is_contiguous():
+        return NotImplemented
+    out = scores if in_place else scores.clone()
+    call("loop_guard", tokens.contiguous(), generated.contiguous(), float(strength), float(base), length, float(cap),
+         longest_match(strength, base, length, cap), out, tokens.shape[1], *scores.shape)  # fmt: skip
     return out

@@ -54,6 +54,7 @@ class NGramTable:
     def contexts(self, tokens: Tensor) -> Tensor:
         """The context of each order from 2 on after tokens [rows, >= order - 1], int64 [order - 1, rows]."""
         vocabulary, none = len(self.base), len(self.keys) - 1
+        tokens = tokens[:, tokens.shape[1] - self.order + 1 :]
         symbols = self.symbols[tokens.clamp(-1, vocabulary)]
         if self.bos:
             symbols = _start_of_text(symbols, tokens, vocabulary)
@@ -124,7 +125,7 @@ def add_ngrams(
     budget        bound on KL(result, scores), kept by scaling the bias of a row down
     """
     beyond = scores.shape[1] - len(ngrams.allowed)
-    bias = torch.stack([table.bias(tokens) for table in ngrams.tables]).sum(0)
+    bias = torch.stack([table.bias(tokens) for table in ngrams.tables]).sum(0).to(scores.dtype)
     bias = torch.nn.functional.pad(bias if factor is None else bias * factor, (0, beyond))
     allowed = inside = torch.nn.functional.pad(ngrams.allowed, (0, beyond))
     if plausibility:

@@ -1,0 +1,287 @@
+// Kernels of history.py.
+
+#pragma once
+
+#include <utility>
+
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t kMaxOrder = 8;
+
+// NGramTable
+struct Table {
+  const float* base;
+  const int64_t* symbols;
+  const int64_t* keys;
+  const int64_t* start;
+  const int64_t* ids;
+  const float* values;
+  const float* trust;   // null: 1 everywhere
+  const int64_t* seen;  // where base is not 0; null where that is not rare
+  int64_t vocabulary, contexts, order, bos, seen_count;
+};
+
+// One table after one text: weight * (base + the values of the entries of the contexts found).
+struct Match {
+  const Table* table;
+  float weight;
+  int64_t found[kMaxOrder];  // the context of each order from 2 on
+
+  // visit(ids, values, how many) for each context
+  template <typename Visit>
+  void for_contexts(Visit visit) const {
+    for (int64_t n = 0; n + 1 < table->order; ++n) {
+      const int64_t begin = table->start[found[n]], end = table->start[found[n] + 1];
+      visit(table->ids + begin, table->values + begin, end - begin);
+    }
+  }
+
+  void add_entries(float* out) const {
+    for_contexts([&](const int64_t* ids, const float* values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) out[ids[i]] += weight * values[i];
+    });
+  }
+};
+
+int64_t symbol(const Table& table, const int64_t* token) {
+  const int64_t v = table.vocabulary;
+  return table.symbols[*token < 0 ? v + 1 : std::min(*token, v)];
+}
+
+// The contexts that a text ends with; `end` is one past its last token, order - 1 tokens precede it.
+Match match(const Table& table, const int64_t* end, float factor) {
+  Match result{&table, factor, {}};
+  int64_t parent = -1, longest = table.contexts + 1;
+  for (int64_t n = 1; n < table.order; ++n) {
+    int64_t newest = symbol(table, end - n);
+    if (table.bos && end[-n] < 0) {  // before the first token, unless that is the start of a text itself
+      const bool starts = n == 1 || (end[-n + 1] >= 0 && symbol(table, end - n + 1) != table.vocabulary);
+      if (starts) newest = table.vocabulary;
+    }
+    const int64_t key = parent * (table.vocabulary + 2) + newest;
+    const int64_t* at = std::lower_bound(table.keys, table.keys + table.contexts, key);
+    parent = *at == key ? at - table.keys : table.contexts;
+    if (parent < table.contexts) longest = parent;
+    result.found[n - 1] = parent;
+  }
+  if (table.trust) result.weight *= table.trust[longest];
+  return result;
+}
+
+constexpr int64_t kLong = 4096;  // scores that stay in the first cache
+constexpr int64_t kShort = 64;   // scores of which often none is plausible
+
+// Of tokens that may be biased. A row is the spans and the gaps between them, which keep their scores.
+struct Span {
+  int64_t begin, end;
+};
+
+// The bias of token begin + i without the entries.
+template <int tables>
+struct Base {
+  const float *first, *second;
+  float weight, other;
+
+  explicit Base(const Match* match, int64_t begin = 0)
+      : first(match[0].table->base + begin), second(match[tables - 1].table->base + begin), weight(match[0].weight),
+        other(match[tables - 1].weight) {}
+
+  float operator()(int64_t i) const { return tables == 1 ? weight * first[i] : weight * first[i] + other * second[i]; }
+};
+
+// The largest of x; writes x + shift.
+float copy_maximum(const float* x, float* out, int64_t n, float shift) {
+  float top = -kInfinity;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) {
+    top = x[i] > top ? x[i] : top;
+    out[i] = x[i] + shift;
+  }
+  return top;
+}
+
+// One row of scores x, to be written to out. `tables`: how many matches there are.
+template <int tables>
+struct Row {
+  const Match* match;
+  const Span* spans;
+  int64_t count, width;
+  const float* x;
+  float* out;
+
+  // visit(its scores, how many, the first) for pieces of the spans
+  template <int64_t piece, typename Visit>
+  void for_pieces(Visit visit) const {
+    for (int64_t s = 0; s < count; ++s)
+      for (int64_t begin = spans[s].begin; begin < spans[s].end; begin += piece)
+        visit(x + begin, std::min(piece, spans[s].end - begin), begin);
+  }
+
+  // visit(begin, end) for every gap
+  template <typename Visit>
+  void for_gaps(Visit visit) const {
+    for (int64_t s = 0; s <= count; ++s) visit(s ? spans[s - 1].end : 0, s < count ? spans[s].begin : width);
+  }
+
+  void copy_gaps() const {
+    for_gaps([&](int64_t begin, int64_t end) { std::copy(x + begin, x + end, out + begin); });
+  }
+
+  // The scores and the bias less `shift`.
+  void add(float shift) const {
+    copy_gaps();
+    for_pieces<kLong>([&](const float* x, int64_t n, int64_t begin) {
+      const Base<tables> base(match, begin);
+      float* y = out + begin;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) y[i] = x[i] + (base(i) - shift);
+    });
+    for (int t = 0; t < tables; ++t) match[t].add_entries(out);
+  }
+
+  // The same with few values in the base: a copy is faster.
+  void add_sparse() const {
+    std::copy(x, x + width, out);
+    for (int t = 0; t < tables; ++t) {
+      const Table& table = *match[t].table;
+      for (int64_t i = 0; i < table.seen_count; ++i) out[table.seen[i]] += match[t].weight * table.base[table.seen[i]];
+      match[t].add_entries(out);
+    }
+  }
+
+  // The mean of the bias under softmax(x) over the spans.
+  float mean() const {
+    float top = std::numeric_limits<float>::lowest();  // a row may hold nothing but -inf
+    for_pieces<kLong>([&](const float* x, int64_t n, int64_t) { top = std::max(top, maximum(x, n)); });
+    double mass = 0, total = 0;
+    for_pieces<kLong>([&, top](const float* x, int64_t n, int64_t begin) {
+      const Base<tables> base(match, begin);
+      float m = 0, t = 0;
+#pragma omp simd reduction(+ : m, t)
+      for (int64_t i = 0; i < n; ++i) {
+        const float e = exponential(x[i] - top);
+        m += e;
+        t += e * base(i);
+      }
+      mass += m;
+      total += t;
+    });
+    for (int k = 0; k < tables; ++k)
+      match[k].for_contexts([&](const int64_t* ids, const float* values, int64_t n) {
+        float t = 0;
+#pragma omp simd reduction(+ : t)
+        for (int64_t i = 0; i < n; ++i) t += exponential(x[ids[i]] - top) * values[i];
+        total += match[k].weight * t;
+      });
+    return mass > 0 ? total / mass : 0;
+  }
+
+  // Only tokens with x - (largest of the row) > limit are biased, and so that the sum of their probabilities stays; the
+  // others keep their scores, or are forbidden.
+  void add_inside(float limit, bool drop) const {
+    static thread_local std::vector<float> largest;  // of each piece
+    static thread_local std::vector<int32_t> list;   // the tokens inside
+    largest.clear();
+    list.resize(width + 1);
+    copy_gaps();
+    float top = std::numeric_limits<float>::lowest();
+    for_gaps([&](int64_t begin, int64_t end) { top = std::max(top, maximum(x + begin, end - begin)); });
+    for_pieces<kShort>([&](const float* x, int64_t n, int64_t begin) {
+      largest.push_back(copy_maximum(x, out + begin, n, drop ? -kInfinity : 0.0f));
+      top = std::max(top, largest.back());
+    });
+    const float* high = largest.data();
+    int64_t n = 0;
+    for_pieces<kShort>([&](const float* x, int64_t count, int64_t begin) {
+      if (!(*high++ - top > limit)) return;
+      for (int64_t i = 0; i < count; ++i) {
+        list[n] = static_cast<int32_t>(begin + i);
+        n += x[i] - top > limit;
+      }
+    });
+    const int32_t* ids = list.data();
+    const Base<tables> base(match);
+    for (int64_t i = 0; i < n; ++i) out[ids[i]] = base(ids[i]);  // the bias, to begin with
+    for (int k = 0; k < tables; ++k)
+      match[k].for_contexts([&](const int64_t* ids, const float* values, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+          if (x[ids[i]] - top > limit) out[ids[i]] += match[k].weight * values[i];
+      });
+    const float shift = log_mean_exp(ids, n);
+    for (int64_t i = 0; i < n; ++i) out[ids[i]] += x[ids[i]] - shift;
+  }
+
+  // ln of the mean of exp(out) under softmax(x) over some tokens.
+  float log_mean_exp(const int32_t* ids, int64_t n) const {
+    float before = -kInfinity, after = -kInfinity;
+    for (int64_t i = 0; i < n; ++i) {
+      before = std::max(before, x[ids[i]]);
+      after = std::max(after, x[ids[i]] + out[ids[i]]);
+    }
+    float mass = 0, total = 0;
+#pragma omp simd reduction(+ : mass, total)
+    for (int64_t i = 0; i < n; ++i) {
+      mass += exponential(x[ids[i]] - before);
+      total += exponential(x[ids[i]] + out[ids[i]] - after);
+    }
+    return n ? std::log(total / mass) + (after - before) : 0;
+  }
+};
+
+enum Rule : int64_t { kPlain, kCentred, kInside };
+
+template <int tables>
+void process(const Row<tables>& row, Rule rule, float limit, bool drop) {
+  if (rule == kInside)
+    row.add_inside(limit, drop);
+  else if (rule == kPlain && row.match[0].table->seen && row.match[tables - 1].table->seen)
+    row.add_sparse();
+  else
+    row.add(rule == kCentred ? row.mean() : 0.0f);
+}
+
+}  // namespace
+
+extern "C" {
+
+// tokens [rows, reach], a row every `stride`. factor [rows] or null. two: whether there is a second table. count: of spans.
+void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Table* tables, int64_t two,
+                const Span* spans, int64_t count, int64_t rule, float limit, int64_t drop, float* out, int64_t reach,
+                int64_t rows, int64_t width, int64_t threads) {
+  for_rows(rows, width, threads, [=](int64_t row) {
+    const int64_t* end = tokens + row * stride + reach;
+    const float weight = factor ? factor[row] : 1.0f;
+    const Match found[2] = {match(tables[0], end, weight), match(tables[two], end, weight)};
+    const float* x = scores + row * width;
+    float* y = out + row * width;
+    if (two)
+      process(Row<2>{found, spans, count, width, x, y}, Rule(rule), limit, drop);
+    else
+      process(Row<1>{found, spans, count, width, x, y}, Rule(rule), limit, drop);
+  });
+}
+
+// In place. tokens [rows, columns], of which the last `generated` [rows] count.
+void loop_guard(const int64_t* tokens, const int64_t* generated, float strength, float base, int64_t length, float cap,
+                int64_t longest, float* scores, int64_t columns, int64_t rows, int64_t width, int64_t threads) {
+  for_rows(rows, width, threads, [=](int64_t row) {
+    const int64_t* end = tokens + (row + 1) * columns;
+    const int64_t* begin = end - std::clamp<int64_t>(generated[row], 0, columns);
+    std::vector<std::pair<int64_t, int64_t>> found;  // a token that would continue a repetition, and of how many tokens
+    for (const int64_t* next = begin + 1; next < end; ++next) {
+      int64_t n = 0;
+      while (n < longest && next - n > begin && next[-n - 1] >= 0 && next[-n - 1] == end[-n - 1]) ++n;
+      if (n >= length && *next >= 0 && *next < width) found.emplace_back(*next, n);
+    }
+    std::sort(found.begin(), found.end());
+    for (size_t i = 0; i < found.size(); ++i) {
+      const auto [id, n] = found[i];
+      if (i + 1 < found.size() && found[i + 1].first == id) continue;  // the longest comes last
+      scores[row * width + id] -= std::min(cap, strength * std::pow(base, float(n - length)));
+    }
+  });
+}
+
+}  // extern "C"

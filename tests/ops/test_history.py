@@ -1,0 +1,160 @@
+"""Kernels that read the tokens so far: each against its definition in plain torch, in float64 and float32."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from logitproc import NGramPrior, NGramStyleLogitsProcessor, ops
+from logitproc.ops import cpu
+
+INF = math.inf
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+
+
+def a_prior(seed, vocabulary, order=3):
+    """Of documents with many repeated words, so that contexts of all orders are found."""
+    words = np.minimum(np.random.default_rng(seed).zipf(1.4, size=(60, 40)), vocabulary) - 1
+    return NGramPrior.from_ids(words.tolist(), order, vocabulary, eos=0)
+
+
+def case(rule, vocabulary, width, rows, order=3, seed=0, **options):
+    """(scores, tokens, ngrams): a few -inf, ids outside the vocabulary, texts that are shorter than a context."""
+    random = torch.Generator().manual_seed(seed)
+    if rule == "ratio":
+        options["background"] = a_prior(seed + 1, vocabulary, order)
+    processor = NGramStyleLogitsProcessor(a_prior(seed, vocabulary, order), rule=rule, strength=0.7, **options)
+    scores = 4 * torch.randn(rows, width, generator=random)
+    scores[:, 1:][torch.rand(rows, width - 1, generator=random) < 0.1] = -INF
+    tokens = torch.randint(-1, min(vocabulary, 9), (rows, 12), generator=random)
+    tokens[::3, :11] = -1
+    tokens[1::3, -1] = vocabulary + 5
+    return scores, tokens, processor._ngrams
+
+
+RULES = {
+    "paper": ("paper", {}, {}),
+    "lift": ("lift", {"exempt": (1, 4)}, {}),
+    "backoff": ("backoff", {"exempt": (1, 4), "confidence": "wb"}, {"centred": True}),
+    "bos": ("backoff", {"bos": True, "eos": "prior"}, {"centred": True}),
+    "ratio": ("ratio", {"confidence": "count(2)"}, {"centred": True}),
+    "keep": ("backoff", {"exempt": (3,)}, {"centred": True, "plausibility": 0.05}),
+    "drop": ("lift", {"exempt": (3,)}, {"plausibility": 0.05, "drop": True}),
+    "two kept": ("ratio", {}, {"centred": True, "plausibility": 1e-12}),
+    "clip": ("backoff", {}, {"centred": True, "clip": 0.5}),  # no kernel: plain torch
+}
+
+
+def error(found, exact):
+    finite = exact.isfinite()
+    assert torch.equal(found[~finite].double(), exact[~finite])
+    return (found.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
+
+
+@pytest.mark.parametrize("vocabulary, width, rows", [(1, 1, 1), (2, 7, 3), (50, 64, 5), (7001, 7919, 3)])
+@pytest.mark.parametrize("rule", RULES)
+def test_ngrams_are_as_close_to_float64_as_plain_torch(rule, vocabulary, width, rows):
+    rule, made, options = RULES[rule]
+    made = {key: tuple(i for i in value if i < vocabulary) if key == "exempt" else value for key, value in made.items()}
+    for order in (1, 3, 5):
+        scores, tokens, ngrams = case(rule, vocabulary, width, rows, order, **made)
+        factor = torch.rand(rows, 1) if order == 3 else None
+        kept = scores.clone()
+        found = ops.add_ngrams(scores, tokens, ngrams, factor, **options)
+        assert torch.equal(scores, kept)
+        exact = ops.add_ngrams(scores.double(), tokens, ngrams, factor, **options)
+        with ops.backend("reference"):
+            plain = ops.add_ngrams(scores, tokens, ngrams, factor, **options)
+        assert error(found, exact) <= error(plain, exact) + 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"centred": True}, {"plausibility": 0.1}, {"plausibility": 0.1, "drop": True}])
+def test_a_row_without_a_finite_score_stays_as_it_is(options):
+    scores, tokens, ngrams = case("backoff", 50, 64, 3)
+    scores[1] = -INF
+    scores[2, 1:] = -INF  # nothing but an exempt token
+    out = ops.add_ngrams(scores, tokens, ngrams, **options)
+    assert torch.equal(out[1:], scores[1:])
+
+
+def test_where_everything_or_nothing_is_exempt():
+    for exempt in (range(50), (), range(0, 50, 2)):
+        scores, tokens, ngrams = case("backoff", 50, 50, 4, exempt=tuple(exempt))
+        for options in ({"centred": True}, {"plausibility": 0.1, "drop": True}):
+            found = ops.add_ngrams(scores, tokens, ngrams, **options)
+            exact = ops.add_ngrams(scores.double(), tokens, ngrams, **options)
+            assert error(found, exact) < 1e-5
+            assert torch.equal(found[:, list(exempt)], scores[:, list(exempt)])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(rule):
+    rule, made, options = RULES[rule]
+    scores, tokens, ngrams = case(rule, 40_000, 50_000, 9, **made)
+    call = lambda part: ops.add_ngrams(scores[part], tokens[part], ngrams, **options)
+    together = call(slice(None))
+    assert torch.equal(together, torch.cat([call(slice(i, i + 1)) for i in range(9)]))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(call(slice(None)), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_strided_scores_and_tokens_are_read_as_they_stand():
+    scores, tokens, ngrams = case("backoff", 50, 128, 4)
+    found = ops.add_ngrams(scores[:, ::2], tokens[:, 3:], ngrams, centred=True)
+    assert torch.equal(found, ops.add_ngrams(scores[:, ::2].contiguous(), tokens[:, 3:].contiguous(), ngrams, centred=True))
+    turned = tokens.T.contiguous().T
+    assert torch.equal(found, ops.add_ngrams(scores[:, ::2], turned, ngrams, centred=True))
+    assert ops.add_ngrams(scores[:0], tokens[:0], ngrams).shape == (0, 128)
+
+
+def test_ids_outside_the_vocabulary_are_refused_where_a_table_is_made():
+    prior = a_prior(0, 50)
+    prior.orders[2].ids[0] = 60
+    with pytest.raises(ValueError, match="ids outside their vocabulary of 50"):
+        NGramStyleLogitsProcessor(prior, rule="lift")._ngrams
+
+
+# --- loop guard ---
+
+DRY = (0.8, 1.75, 2, 10.0)
+
+
+def loop_case(rows=6, columns=60, width=11, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(-1, 3, (rows, columns), generator=random)
+    tokens[0] = 2  # one token for ever
+    tokens[1, ::7] = width + 3
+    generated = torch.randint(0, columns + 9, (rows,), generator=random)
+    generated[0] = columns
+    scores = torch.randn(rows, width, generator=random)
+    scores[:, 1] = -INF
+    return scores, tokens, generated
+
+
+@pytest.mark.parametrize("columns", [0, 1, 2, 3, 60, 300])
+@pytest.mark.parametrize("options", [DRY, (3.0, 1.1, 1, 3.0), (1e-3, 1.01, 3, 1.0)])
+def test_the_loop_guard_is_that_of_plain_torch(columns, options):
+    scores, tokens, generated = loop_case(columns=columns)
+    kept = scores.clone()
+    found = ops.loop_guard(scores, tokens, generated, *options)
+    assert torch.equal(scores, kept)
+    with ops.backend("reference"):
+        torch.testing.assert_close(found, ops.loop_guard(scores, tokens, generated, *options))
+    assert columns < 60 or not torch.equal(found, scores)
+
+
+def test_the_loop_guard_in_place_writes_where_it_reads():
+    scores, tokens, generated = loop_case()
+    expected = ops.loop_guard(scores, tokens, generated, *DRY)
+    for backend in ("auto", "reference"):
+        mine = scores.clone()
+        with ops.backend(backend):
+            assert ops.loop_guard(mine, tokens, generated, *DRY, in_place=True) is mine
+        torch.testing.assert_close(mine, expected)
+    wide = torch.zeros(6, 22)[:, ::2].copy_(scores)
+    torch.testing.assert_close(ops.loop_guard(wide, tokens, generated, *DRY, in_place=True), expected)
