@@ -246,10 +246,11 @@ void process(const Row<tables>& row, Rule rule, float limit, bool drop) {
 
 extern "C" {
 
-// tokens [rows, reach], a row every `stride`. factor [rows] or null. two: whether there is a second table. count: of spans.
-void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Table* tables, int64_t two,
-                const Span* spans, int64_t count, int64_t rule, float limit, int64_t drop, float* out, int64_t reach,
-                int64_t rows, int64_t width, int64_t threads) {
+// tokens [rows, reach], a row every `stride`. factor [rows] or null. two: whether there is a second table. count: of
+// spans.
+void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Table* tables,
+                int64_t two, const Span* spans, int64_t count, int64_t rule, float limit, int64_t drop, float* out,
+                int64_t reach, int64_t rows, int64_t width, int64_t threads) {
   for_rows(rows, width, threads, [=](int64_t row) {
     const int64_t* end = tokens + row * stride + reach;
     const float weight = factor ? factor[row] : 1.0f;

@@ -105,18 +105,18 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(rule):
 
 def test_strided_scores_and_tokens_are_read_as_they_stand():
     scores, tokens, ngrams = case("backoff", 50, 128, 4)
-    found = ops.add_ngrams(scores[:, ::2], tokens[:, 3:], ngrams, centred=True)
-    assert torch.equal(found, ops.add_ngrams(scores[:, ::2].contiguous(), tokens[:, 3:].contiguous(), ngrams, centred=True))
-    turned = tokens.T.contiguous().T
-    assert torch.equal(found, ops.add_ngrams(scores[:, ::2], turned, ngrams, centred=True))
+    expected = ops.add_ngrams(scores[:, ::2].contiguous(), tokens, ngrams, centred=True)
+    for history in (tokens[:, 3:], tokens.T.contiguous().T):
+        assert torch.equal(ops.add_ngrams(scores[:, ::2], history, ngrams, centred=True), expected)
     assert ops.add_ngrams(scores[:0], tokens[:0], ngrams).shape == (0, 128)
 
 
 def test_ids_outside_the_vocabulary_are_refused_where_a_table_is_made():
     prior = a_prior(0, 50)
     prior.orders[2].ids[0] = 60
+    made = NGramStyleLogitsProcessor(prior, rule="lift")
     with pytest.raises(ValueError, match="ids outside their vocabulary of 50"):
-        NGramStyleLogitsProcessor(prior, rule="lift")._ngrams
+        made(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 50))
 
 
 # --- loop guard ---
