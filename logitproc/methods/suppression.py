@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..checks import in_range, one_of
 from ..ledger import TokenLedger
+from ..ops.dispatch import op
 from ..prior import NGramPrior
 from ..processor import Processor
 from ..registry import register
@@ -135,6 +136,8 @@ class PhraseIndex:
         self.random, self.powers, self.breaks = map(
             torch.from_numpy, (random.view(np.int64), powers.view(np.int64), breaks)
         )
+        if any(len(text) and not 0 <= text.min() <= text.max() < vocab_size for text in texts):
+            raise ValueError(f"The texts hold ids outside their vocabulary of {vocab_size} tokens.")
         symbols, item, reach = _line_up(texts, vocab_size if anchor else None, breaks)
         at = np.flatnonzero(~np.isin(symbols, [vocab_size, *breakers, *silent]))
         context = np.zeros(len(symbols), np.uint64)  # hash of the last n symbols before each
@@ -165,25 +168,7 @@ class PhraseIndex:
                 setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def lower(self, scores: Tensor, tokens: Tensor, generated: Tensor, nats: Tensor) -> Tensor:
-        """scores [rows, width] less, for each token, nats[L - length] of its longest match L, in a new tensor.
-
-        tokens int64 [rows, longest], oldest first; generated int64 [rows]; nats [longest - length + 1].
-        """
-        key = self._hashes(tokens, generated)
-        found = torch.searchsorted(self.keys, key)
-        found = torch.where(self.keys[found] == key, found, len(self.keys) - 1)
-        start, count = self.span[found].split(1, dim=2)
-        reach = self.reach
-        if reach.device.type == "cpu":  # on a GPU, asking for the longest row would wait for it
-            reach = reach[: int(count.max())]
-        inside = reach < count
-        ids = self.ids[torch.where(inside, start + reach, len(self.ids) - 1)]
-        # What follows n + 1 symbols also follows the last n of them, so each length adds the difference.
-        steps = nats.diff(prepend=nats.new_zeros(1))[:, None]
-        return scores.scatter_add(1, ids.flatten(1), torch.where(inside, -steps, 0.0).flatten(1))
-
-    def _hashes(self, tokens: Tensor, generated: Tensor) -> Tensor:
+    def hashes(self, tokens: Tensor, generated: Tensor) -> Tensor:
         """Of the last `length` to `longest` symbols of each row: int64 [rows, lengths]."""
         nothing = self.start + 1
         age = torch.arange(tokens.shape[1], 0, -1, device=tokens.device)
@@ -195,6 +180,26 @@ class PhraseIndex:
         broken = self.breaks[newest_first].cumsum(1) > 0
         values = self.random[newest_first.masked_fill(broken, nothing)]
         return (values * self.powers[:-1]).cumsum(1)[:, self.length - 1 :].contiguous()
+
+
+@op
+def lower_phrases(scores: Tensor, tokens: Tensor, generated: Tensor, index: PhraseIndex, nats: Tensor) -> Tensor:
+    """scores [rows, width] less, for each token, nats[L - length] of its longest match L, in a new tensor.
+
+    tokens int64 [rows, longest], oldest first; generated int64 [rows]; nats [longest - length + 1].
+    """
+    key = index.hashes(tokens, generated)
+    found = torch.searchsorted(index.keys, key)
+    found = torch.where(index.keys[found] == key, found, len(index.keys) - 1)
+    start, count = index.span[found].split(1, dim=2)
+    reach = index.reach
+    if reach.device.type == "cpu":  # on a GPU, asking for the longest row would wait for it
+        reach = reach[: int(count.max())]
+    inside = reach < count
+    ids = index.ids[torch.where(inside, start + reach, len(index.ids) - 1)]
+    # What follows n + 1 symbols also follows the last n of them, so each length adds the difference.
+    steps = nats.diff(prepend=nats.new_zeros(1))[:, None]
+    return scores.scatter_add(1, ids.flatten(1), torch.where(inside, -steps, 0.0).to(scores.dtype).flatten(1))
 
 
 def _line_up(
@@ -367,7 +372,7 @@ class SuppressionLogitsProcessor(Processor):
             return scores - self._penalty_on(scores.device, width)
         if self._nats.device != scores.device:
             self._nats = self._nats.to(scores.device)
-        return self._index.to(scores.device).lower(scores, tokens, generated, self._nats)
+        return lower_phrases(scores, tokens, generated, self._index.to(scores.device), self._nats)
 
     @property
     def _counted_label(self) -> str | None:

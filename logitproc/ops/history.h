@@ -285,4 +285,34 @@ void loop_guard(const int64_t* tokens, const int64_t* generated, float strength,
   });
 }
 
+// Of methods/suppression.py. tokens [rows, columns >= longest], of which the last `generated` [rows] count; random
+// [start + 2], powers [longest], keys [contexts + 1], span [contexts + 1, 2], nats [longest - length + 1].
+void lower_phrases(const float* scores, const int64_t* tokens, const int64_t* generated, const uint64_t* random,
+                   const uint64_t* powers, const bool* breaks, const int64_t* keys, const int64_t* span,
+                   const int64_t* ids, const float* nats, int64_t start, int64_t contexts, int64_t length,
+                   int64_t longest, int64_t anchor, float* out, int64_t columns, int64_t rows, int64_t width,
+                   int64_t threads) {
+  for_rows(rows, width, threads, [=](int64_t row) {
+    float* y = out + row * width;
+    std::copy(scores + row * width, scores + (row + 1) * width, y);
+    const int64_t* end = tokens + (row + 1) * columns;
+    uint64_t hash = 0;
+    for (int64_t n = 1; n <= longest; ++n) {  // the last n symbols of the text
+      const bool own = n <= generated[row];
+      if (!own && !(anchor && n == generated[row] + 1)) break;
+      const int64_t symbol = own ? end[-n] : start;
+      if (symbol < 0 || (own && symbol >= start) || breaks[symbol]) break;
+      hash += random[symbol] * powers[n - 1];
+      if (n < length) continue;
+      const int64_t key = static_cast<int64_t>(hash);
+      const int64_t* at = std::lower_bound(keys, keys + contexts, key);
+      if (*at != key) continue;
+      // What follows n symbols also follows the last n - 1 of them, so each length takes the difference.
+      const float more = nats[n - length] - (n > length ? nats[n - length - 1] : 0.0f);
+      const int64_t* context = span + 2 * (at - keys);
+      for (int64_t i = context[0]; i < context[0] + context[1]; ++i) y[ids[i]] -= more;
+    }
+  });
+}
+
 }  // extern "C"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from logitproc import NGramPrior, NGramStyleLogitsProcessor, ops
+from logitproc.methods.suppression import PhraseIndex, lower_phrases
 from logitproc.ops import cpu
 
 INF = math.inf
@@ -158,3 +159,31 @@ def test_the_loop_guard_in_place_writes_where_it_reads():
         torch.testing.assert_close(mine, expected)
     wide = torch.zeros(6, 22)[:, ::2].copy_(scores)
     torch.testing.assert_close(ops.loop_guard(wide, tokens, generated, *DRY, in_place=True), expected)
+
+
+# --- phrases ---
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("length, longest", [(1, 1), (1, 4), (3, 6)])
+def test_phrases_are_lowered_as_in_plain_torch(length, longest, anchor):
+    random = np.random.default_rng(0)
+    texts = random.integers(0, 4, (50, 9))
+    index = PhraseIndex(texts, 30, length, longest, 2, anchor, breakers=(3,), silent=(1,))
+    tokens = torch.from_numpy(random.integers(-1, 5, (40, longest)))
+    tokens[::5, -1] = 30  # outside the vocabulary
+    generated = torch.from_numpy(random.integers(0, longest + 3, 40))
+    scores, nats = torch.randn(40, 37), torch.rand(longest - length + 1).cumsum(0)
+    scores[:, 2] = -INF
+    kept = scores.clone()
+    found = lower_phrases(scores, tokens, generated, index, nats)
+    assert torch.equal(scores, kept)
+    with ops.backend("reference"):
+        torch.testing.assert_close(found, lower_phrases(scores, tokens, generated, index, nats))
+    assert not torch.equal(found, scores)
+    assert torch.equal(found[3:4], lower_phrases(scores[3:4], tokens[3:4], generated[3:4], index, nats))
+
+
+def test_texts_with_ids_outside_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="ids outside their vocabulary of 3"):
+        PhraseIndex([np.array([1, 2, -1])], 3, 1, 2, 1, True, (), ())
