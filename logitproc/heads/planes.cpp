@@ -1,11 +1,13 @@
-// Scores of 4-bit rows against 16-bit states, in exact integer arithmetic within each group of 128 columns.
+// Scores of 4-bit rows against 16-bit states in integer arithmetic: exact, until the sum is scaled at the very end.
 //
-// A group of a row is 64 bytes: byte j holds columns j (low nibble) and j + 64 (high nibble), as u in 0..15. A weight is
-// (2 * unit * u - offset) * scale / 2. A state is t * (256 * high + low) with both parts in -128..127. Each of the 16
-// lanes sums 8 columns in int32, which is exact; lanes are scaled and added up in float32.
+// A group of 128 columns of a row is 64 bytes and four codes, one for each 32 columns. Byte 16 s + k holds columns
+// 32 s + k (low nibble) and 32 s + 16 + k (high nibble), as u in 0..15, which stands for (u - 8) * code[s]. A state is
+// 256 * high + low with both parts in -128..127. A lane sums up four bytes, 8 columns of one code: at most
+// 8 * 8 * 128, which fits in the 16 bits that the product with the code reads, and 2^20 a group after it.
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <thread>
 #include <vector>
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -14,106 +16,147 @@
 
 namespace {
 
-constexpr int64_t kBytes = 64, kColumns = 128, kLanes = 16;
+constexpr int64_t kBytes = 64, kCodes = 4, kColumns = 128, kLanes = 16;
+constexpr int64_t kChunk = 512 << 10;  // bytes of rows that a thread takes at a time
+constexpr int64_t kAhead = 8 << 10;    // bytes by which reading runs ahead
 
-float from_bfloat16(uint16_t bits) {
-  uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-struct Call {
-  const uint8_t* plane;       // [V, groups, 64]
-  const uint16_t* scales;     // [V, groups] bfloat16
-  const int8_t *high, *low;   // [batch, groups, 128]
-  const int32_t* lanes;       // [batch, groups, 16]: offset times the sum of the columns that a lane adds up
-  const float* t;             // [batch]
-  const int64_t* rows;        // [batch, n] of the plane, or null for all
-  float* out;                 // [batch, n]
-  int64_t n, groups, batch;
-  int32_t unit;
+struct alignas(64) Group {  // of a state, in the order of the bytes of a row
+  int8_t high[kColumns], low[kColumns];
+  int32_t from_high[kLanes], from_low[kLanes];  // what u = hi + 8 adds too much, negative
 };
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// R rows at once: as many streams from memory, and the state is loaded once for all of them.
-template <int R>
-void score(const Call& c, const int64_t* rows, int64_t b, float* out) {
-  const __m512i mask = _mm512_set1_epi8(15);
-  const int shift = c.unit == 16 ? 5 : 1;  // times 2 * unit
-  const int8_t *high = c.high + b * c.groups * kColumns, *low = c.low + b * c.groups * kColumns;
-  const int32_t* lanes = c.lanes + b * c.groups * kLanes;
-  __m512 sum[R];
-  for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < c.groups; ++g) {
-    const __m512i h0 = _mm512_loadu_si512(high + g * kColumns), h1 = _mm512_loadu_si512(high + g * kColumns + 64);
-    const __m512i l0 = _mm512_loadu_si512(low + g * kColumns), l1 = _mm512_loadu_si512(low + g * kColumns + 64);
-    const __m512i offset = _mm512_loadu_si512(lanes + g * kLanes), zero = _mm512_setzero_si512();
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* at = c.plane + (rows[r] * c.groups + g) * kBytes;
-      _mm_prefetch(reinterpret_cast<const char*>(at + 1024), _MM_HINT_T0);
-      const __m512i packed = _mm512_loadu_si512(at);
-      const __m512i first = _mm512_and_si512(packed, mask);
-      const __m512i second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-      const __m512i h = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, first, h0), second, h1);
-      const __m512i l = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, first, l0), second, l1);
-      __m512i dot = _mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l), shift);
-      dot = _mm512_sub_epi32(dot, offset);
-      const float scale = from_bfloat16(c.scales[rows[r] * c.groups + g]);
-      sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale), sum[r]);
+struct Call {
+  const uint8_t* plane;          // [V, groups, 64]
+  const int8_t* codes;           // [V, groups, 4]
+  const float* units;            // [V]
+  std::vector<Group> states;     // [batch, groups]
+  const float* t;                // [batch]
+  const int64_t* rows;           // [n] of the plane, or null for all
+  float* out;                    // [batch, n]
+  int64_t n, groups, batch, factor;
+
+  int64_t row(int64_t i) const { return rows ? rows[std::min(i, n - 1)] : std::min(i, n - 1); }
+  void set(int64_t row, int64_t i, int64_t b, int64_t high, int64_t low) const {
+    const double sum = double(factor * (256 * high + low));
+    out[b * n + i] = float(sum * (double(units[row]) * double(t[b])));
+  }
+};
+
+std::vector<Group> arrange(const int16_t* states, int64_t groups) {
+  std::vector<Group> made(groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t j = 0; j < kColumns; ++j) {
+      const int64_t byte = j % kBytes, column = 32 * (byte / 16) + 16 * (j / kBytes) + byte % 16;
+      const int32_t whole = states[g * kColumns + column], low = int8_t(whole & 255), high = (whole - low) / 256;
+      made[g].high[j] = int8_t(high), made[g].low[j] = int8_t(low);
+      made[g].from_high[byte / 4] -= 8 * high, made[g].from_low[byte / 4] -= 8 * low;
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(sum[r]) * (c.t[b] * 0.5f);
+  return made;
 }
-#else
-template <int R>
-void score(const Call& c, const int64_t* rows, int64_t b, float* out) {
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+int64_t total(__m512i lanes) {
+  const __m512i first = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(lanes));
+  return _mm512_reduce_add_epi64(_mm512_add_epi64(first, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(lanes, 1))));
+}
+
+// R rows and S states at once: as many streams from memory, and every load serves several products.
+template <int R, int S>
+void score(const Call& c, int64_t i, int64_t b, int64_t ahead) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  const __m512i spread = _mm512_set_epi32(
+      0x8080'03'80 | 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  (void)spread;
+  const __m512i place = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_set_epi32(0x80800180, 0x80800180, 0x80800180, 0x80800180, 0x80800080, 0x80800080,
+                                              0x80800080, 0x80800080)),
+      _mm256_set_epi32(0x80800380, 0x80800380, 0x80800380, 0x80800380, 0x80800280, 0x80800280, 0x80800280, 0x80800280),
+      1);
+  const uint8_t *plane[R], *next[R];
+  const int32_t* codes[R];
+  __m512i high[R][S], low[R][S];
   for (int r = 0; r < R; ++r) {
-    float sum[kLanes] = {0};
-    for (int64_t g = 0; g < c.groups; ++g) {
-      const int64_t at = b * c.groups + g;
-      const uint8_t* row = c.plane + (rows[r] * c.groups + g) * kBytes;
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        int32_t dot = 0;
-        for (int64_t j = 4 * lane; j < 4 * lane + 4; ++j) {
-          const int8_t *high = c.high + at * kColumns + j, *low = c.low + at * kColumns + j;
-          dot += (row[j] & 15) * (256 * high[0] + low[0]) + (row[j] >> 4) * (256 * high[64] + low[64]);
-        }
-        const float scale = from_bfloat16(c.scales[rows[r] * c.groups + g]);
-        sum[lane] += float(2 * c.unit * dot - c.lanes[at * kLanes + lane]) * scale;
+    plane[r] = c.plane + c.row(i + r) * c.groups * kBytes;
+    next[r] = c.plane + c.row(i + r + ahead) * c.groups * kBytes;
+    codes[r] = reinterpret_cast<const int32_t*>(c.codes) + c.row(i + r) * c.groups;
+    for (int s = 0; s < S; ++s) high[r][s] = low[r][s] = _mm512_setzero_si512();
+  }
+  for (int64_t g = 0; g < c.groups; ++g) {
+    for (int r = 0; r < R; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(next[r] + g * kBytes), _MM_HINT_T0);
+      const __m512i packed = _mm512_loadu_si512(plane[r] + g * kBytes);
+      const __m512i u0 = _mm512_and_si512(packed, mask), u1 = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+      const __m512i code = _mm512_srai_epi16(_mm512_shuffle_epi8(_mm512_set1_epi32(codes[r][g]), place), 8);
+      for (int s = 0; s < S; ++s) {
+        const Group& h = c.states[(b + s) * c.groups + g];
+        __m512i dot = _mm512_dpbusd_epi32(_mm512_load_si512(h.from_high), u0, _mm512_load_si512(h.high));
+        dot = _mm512_dpbusd_epi32(dot, u1, _mm512_load_si512(h.high + kBytes));
+        high[r][s] = _mm512_dpwssd_epi32(high[r][s], dot, code);
+        dot = _mm512_dpbusd_epi32(_mm512_load_si512(h.from_low), u0, _mm512_load_si512(h.low));
+        dot = _mm512_dpbusd_epi32(dot, u1, _mm512_load_si512(h.low + kBytes));
+        low[r][s] = _mm512_dpwssd_epi32(low[r][s], dot, code);
       }
     }
-    float total = 0;
-    for (float lane : sum) total += lane;
-    out[r] = total * (c.t[b] * 0.5f);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) c.set(c.row(i + r), i + r, b + s, total(high[r][s]), total(low[r][s]));
+}
+#else
+template <int R, int S>
+void score(const Call& c, int64_t i, int64_t b, int64_t) {
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < S; ++s) {
+      int64_t high = 0, low = 0;
+      for (int64_t g = 0; g < c.groups; ++g) {
+        const Group& h = c.states[(b + s) * c.groups + g];
+        const uint8_t* at = c.plane + (c.row(i + r) * c.groups + g) * kBytes;
+        for (int64_t quarter = 0; quarter < kCodes; ++quarter) {
+          int32_t dots[2] = {0, 0};
+          for (int64_t j = 16 * quarter; j < 16 * quarter + 16; ++j) {
+            const int32_t u0 = (at[j] & 15) - 8, u1 = (at[j] >> 4) - 8;
+            dots[0] += u0 * h.high[j] + u1 * h.high[j + kBytes];
+            dots[1] += u0 * h.low[j] + u1 * h.low[j + kBytes];
+          }
+          const int32_t code = c.codes[(c.row(i + r) * c.groups + g) * kCodes + quarter];
+          high += code * dots[0], low += code * dots[1];
+        }
+      }
+      c.set(c.row(i + r), i + r, b + s, high, low);
+    }
   }
 }
 #endif
 
-template <int R>
-void step(const Call& c, int64_t i) {
-  for (int64_t b = 0; b < c.batch; ++b) {
-    int64_t rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = c.rows ? c.rows[b * c.n + i + r] : i + r;
-    score<R>(c, rows, b, c.out + b * c.n + i);
-  }
-}
-
-void run(const Call& c, int64_t begin, int64_t end) {
+void run(const Call& c, int64_t begin, int64_t end, int64_t ahead) {
   int64_t i = begin;
-  for (; i + 4 <= end; i += 4) step<4>(c, i);
-  for (; i < end; ++i) step<1>(c, i);
+  if (c.batch == 1) {
+    for (; i + 4 <= end; i += 4) score<4, 1>(c, i, 0, ahead);
+  } else {
+    for (; i + 2 <= end; i += 2) {
+      int64_t b = 0;
+      for (; b + 4 <= c.batch; b += 4) score<2, 4>(c, i, b, ahead);
+      for (; b < c.batch; ++b) score<2, 1>(c, i, b, ahead);
+    }
+  }
+  for (; i < end; ++i)
+    for (int64_t b = 0; b < c.batch; ++b) score<1, 1>(c, i, b, ahead);
 }
 
 }  // namespace
 
-extern "C" void plane_scores(const uint8_t* plane, const uint16_t* scales, const int8_t* high, const int8_t* low,
-                             const int32_t* lanes, const float* t, const int64_t* rows, float* out, int64_t n,
-                             int64_t groups, int64_t batch, int32_t unit, int32_t threads) {
-  const Call call{plane, scales, high, low, lanes, t, rows, out, n, groups, batch, unit};
+extern "C" void plane_scores(const uint8_t* plane, const int8_t* codes, const float* units, const int16_t* states,
+                             const float* t, const int64_t* rows, float* out, int64_t n, int64_t groups, int64_t batch,
+                             int32_t factor, int32_t threads) {
+  const Call call{plane, codes, units, arrange(states, batch * groups), t, rows, out, n, groups, batch, factor};
+  const int64_t size = groups * kBytes, chunk = std::max<int64_t>(1, kChunk / size);
+  const int64_t ahead = std::max<int64_t>(4, kAhead / size);
+  std::atomic<int64_t> taken{0};
+  const auto work = [&] {  // in chunks: a thread that has to wait for its core does not hold up the other
+    for (int64_t i; (i = taken.fetch_add(chunk)) < n;) run(call, i, std::min(n, i + chunk), ahead);
+  };
   std::vector<std::thread> others;
-  for (int32_t i = 1; i < threads; ++i)
-    others.emplace_back([&call, i, n, threads] { run(call, n * i / threads, n * (i + 1) / threads); });
-  run(call, 0, n / threads);
+  for (int32_t i = 1; i < threads; ++i) others.emplace_back(work);
+  work();
   for (auto& thread : others) thread.join();
 }
