@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from ..checks import one_of
 from .head import DenseHead, Head, fingerprint, name_of
-from .planes import GROUP, HIGH, LOW, round_states, rounding, scores, split
+from .planes import Planes, States, round_states, rounding, scores
 
 Mode = Literal["checked", "deferred"]
 MODES = ("checked", "deferred")
-SEEDS, FINALISTS = 64, 32  # rows read for the threshold, and for the decision
+MOST = 64  # best logits that may be promised
+SEEDS, FINALISTS = 16, 256  # rows read for the threshold (more if more are promised), and at most for the decision
+_LISTED = 2048  # survivors of the first plane that a list of fixed length holds
 _TINY = 1e-18  # a state so short counts as zero
-_BOUNDS = ("first", "second", "norms")
 # Settings of `generate` that change or mix logits before the winner is chosen, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1), "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0),
@@ -68,12 +69,6 @@ class ExactHead(Head):
     nested: ClassVar[bool]
     weight: Tensor
     bias: Tensor | None
-    high: Tensor
-    low: Tensor
-    scales: Tensor
-    first: Tensor
-    second: Tensor
-    norms: Tensor
     _uncertain: Tensor
 
     def __init__(
@@ -82,7 +77,7 @@ class ExactHead(Head):
         out_features: int,
         m: int = 1,
         mode: Mode = "checked",
-        capacity: int = 2048,
+        capacity: int | None = None,
         max_rows: int = 8,
         softcap: float | None = None,
         bias: bool = False,
@@ -93,14 +88,12 @@ class ExactHead(Head):
             bias=bias, dtype=dtype,
         )  # fmt: skip
         self.m, self.mode, self.max_rows, self.softcap = m, mode, max_rows, softcap
-        self.capacity = min(capacity, out_features)
-        dense, groups = DenseHead(in_features, out_features, bias, dtype), -(-in_features // GROUP)
+        fixed = _LISTED if mode == "deferred" else out_features
+        self.capacity = min(fixed if capacity is None else capacity, out_features)
+        dense = DenseHead(in_features, out_features, bias, dtype)
         self.weight, self.bias = dense.weight, dense.bias
-        for name in ("high", "low"):
-            self.register_buffer(name, torch.zeros(out_features, groups, 64, dtype=torch.uint8))
-        self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.int16))
-        for name in _BOUNDS:  # bits of float32: `model.to(bfloat16)` must not round a certificate
-            self.register_buffer(name, torch.zeros(out_features, dtype=torch.int32))
+        for name, value in Planes.empty(in_features, out_features)._asdict().items():
+            self.register_buffer(name, value)
         self.reset_counters()
         self._stamp: Any = None
         self._covered = False
@@ -108,7 +101,7 @@ class ExactHead(Head):
     @staticmethod
     @torch.no_grad()
     def of(
-        model: Any, kind: str = "exact_nested", *, m: int = 1, mode: Mode = "checked", capacity: int = 2048,
+        model: Any, kind: str = "exact_nested", *, m: int = 1, mode: Mode = "checked", capacity: int | None = None,
         max_rows: int = 8, softcap: float | None = None,
     ) -> "ExactHead":  # fmt: skip
         """An exact head for a model, or for a linear layer; shares its rows. No text is needed.
@@ -123,8 +116,8 @@ class ExactHead(Head):
             raise ValueError(
                 "The head of this model holds NaN or infinite weights; load an intact checkpoint."
             )
-        if not 1 <= m <= min(SEEDS, own.out_features):
-            raise ValueError(f"m must be between 1 and {min(SEEDS, own.out_features)}, got {m}.")
+        if not 1 <= m <= min(MOST, own.out_features):
+            raise ValueError(f"m must be between 1 and {min(MOST, own.out_features)}, got {m}.")
         if softcap is None and hasattr(model, "config"):
             softcap = getattr(model.config, "final_logit_softcapping", None)
         head = {"exact_int8": ExactInt8Head, "exact_nested": ExactNestedHead}[kind](
@@ -140,11 +133,15 @@ class ExactHead(Head):
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the planes of the rows as they are now; call it after W was edited or cast."""
-        planes = split(self.weight)
-        for name, value in planes._asdict().items():
-            setattr(self, name, value.view(torch.int32) if name in _BOUNDS else value)
+        for name, value in Planes.of(self.weight)._asdict().items():
+            setattr(self, name, value)
         self.spec = self.spec | {"dtype": name_of(self.weight.dtype)}
-        self.source, self._stamp = fingerprint(self.weight), self._state_of_weight()
+        self.source = fingerprint(self.weight)
+        self._settle()
+
+    def _settle(self) -> None:
+        self.planes.settle()
+        self._stamp = self._state_of_weight()
 
     def _state_of_weight(self) -> Any:
         version = 0 if self.weight.is_inference() else self.weight._version
@@ -152,7 +149,7 @@ class ExactHead(Head):
 
     def _stale(self) -> bool:
         if self._stamp is None:  # filled by `load_state_dict`, planes and rows alike
-            self._stamp = self._state_of_weight()
+            self._settle()
         return self._stamp != self._state_of_weight() or name_of(self.weight.dtype) != self.spec["dtype"]
 
     # --- calls ---
@@ -217,67 +214,76 @@ class ExactHead(Head):
 
     # --- the search ---
 
+    @property
+    def planes(self) -> Planes:
+        return Planes(*(getattr(self, name) for name in Planes._fields))
+
     def _search(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits [b, V], flags [b, 3]: special, overflow, ambiguous); no shape depends on what is found."""
-        states = round_states(hidden)
-        y = scores(self.high, self.scales, states, HIGH)
+        """(logits [b, V], flags [b, 3]: special, overflow, ambiguous)."""
+        planes, states = self.planes, round_states(hidden)
+        y = scores(planes, "high", states)
         if not self.nested:
-            y += scores(self.low, self.scales, states, LOW)
+            y += scores(planes, "low", states)
         if self.bias is not None:
             y += self.bias.float()
-        seeds = y.topk(min(SEEDS, self.out_features), sorted=False).indices
-        best = self._true(hidden, seeds)
-        threshold = best[0].topk(self.m).values[:, -1:]
-        upper = y + self._error(states, "first" if self.nested else "second")
-        # Where float32 underflows or overflows, its errors are not relative: nothing is proved.
-        special = ~torch.isfinite(hidden).all(1) | (states.norms < _TINY) | ~torch.isfinite(upper).all(1)
-        overflow = torch.zeros_like(special)
-        if self.nested:
-            ids, over, survivors = self._survivors(upper, threshold, self.capacity)
-            overflow |= over
-            self._counts["first"] += survivors
-            rest = scores(self.low, self.scales, states, LOW, ids)
-            upper = y.gather(1, ids) + rest + self._error(states, "second", ids)
-            at, over, survivors = self._survivors(upper, threshold, min(FINALISTS, ids.shape[1]))
-            finalists = ids.gather(1, at)
-        else:
-            finalists, over, survivors = self._survivors(upper, threshold, min(FINALISTS, self.out_features))
-        overflow |= over
-        self._counts["second"] += survivors
-        ids, order = torch.cat([seeds, finalists], 1).sort(1)
-        parts = zip(best, self._true(hidden, finalists), strict=True)
-        low, high, z = (torch.cat(part, 1).gather(1, order) for part in parts)
-        logits = torch.full(
-            (len(hidden), self.out_features), -torch.inf, dtype=hidden.dtype, device=hidden.device
+        logits = torch.full_like(y, -torch.inf, dtype=hidden.dtype)
+        each = zip(hidden.split(1), y, logits, strict=True)
+        return logits, torch.stack(
+            [self._decide(h, states.one(i), y, into) for i, (h, y, into) in enumerate(each)]
         )
-        logits.scatter_(1, ids, z.to(hidden.dtype))
-        return logits, torch.stack([special, overflow, self._ambiguous(ids, low, high, z)], 1)
 
-    def _error(self, states: Any, bound: str, ids: Tensor | None = None) -> Tensor:
-        """How much a dense logit may exceed a score, [b, V] or as ids, float32 rounded up.
+    def _decide(self, hidden: Tensor, state: States, y: Tensor, logits: Tensor) -> Tensor:
+        """Flags [3] of one state [1, d] with scores y [V]; writes the logits [V] that can be among the m best."""
+        seeds = y.topk(min(max(SEEDS, self.m), len(y))).indices
+        best = self._true(hidden, seeds)
+        threshold = best[0].topk(self.m).values[-1]
+        upper = y + self._error(state, "first" if self.nested else "second")
+        # Where float32 underflows or overflows, its errors are not relative: nothing is proved.
+        special = ~torch.isfinite(hidden).all() | (state.norms[0] < _TINY) | ~torch.isfinite(upper.sum())
+        overflow = torch.zeros_like(special)
+        ids = None
+        if self.nested:
+            ids, overflow, survivors = self._survivors(upper, threshold, self.capacity)
+            self._counts["first"] += survivors
+            upper = y[ids] + scores(self.planes, "low", state, ids)[0] + self._error(state, "second", ids)
+        at, over, survivors = self._survivors(upper, threshold, FINALISTS)
+        self._counts["second"] += survivors
+        finalists = at if ids is None else ids[at]
+        ids, order = torch.cat([seeds, finalists]).sort()
+        parts = zip(best, self._true(hidden, finalists), strict=True)
+        low, high, z = (torch.cat(part)[order] for part in parts)
+        logits[ids] = z.to(logits.dtype)
+        return torch.stack([special, overflow | over, self._ambiguous(ids, low, high, z)])
 
-        ||h|| rho for what the planes leave out, ||h - hq|| ||w'|| for the rounding of the state, and twice the rounding
-        of a float32 product, in our score and in the dense head's logit.
+    def _error(self, state: States, bound: str, ids: Tensor | None = None) -> Tensor:
+        """How much a dense logit may exceed a score, [V] or as ids, float32 rounded up.
+
+        ||h|| rho for what the planes leave out, ||h - hq|| ||w'|| for the rounding of the state, and a few times the
+        rounding of a float32 product: in the dense head's logit, and in what is added up here.
         """
-        n = states.norms.float()[:, None]
-        slack = states.lost.float()[:, None] + 3 * rounding(self.in_features) * n
+        slack = state.lost + 3 * rounding(self.in_features) * state.norms
         rho, norms = (getattr(self, name).view(torch.float32) for name in (bound, "norms"))
         rho, norms = (rho, norms) if ids is None else (rho[ids], norms[ids])
-        error = n * rho + slack * norms
+        up = lambda factor: (factor * (1 + 1e-5)).float()
+        error = up(state.norms) * rho + up(slack) * norms
         if self.bias is not None:
-            error = error + 4 * rounding(self.in_features) * self.bias.float().abs().max()
-        return error * (1 + 1e-5)
+            error += 4 * rounding(self.in_features) * self.bias.float().abs().max()
+        return error
 
     def _survivors(self, upper: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(the `capacity` tokens of largest bound, whether more could win, how many could)."""
+        """(ids of tokens that could still win, at most `capacity`, whether there are more, how many there are)."""
         alive = self._seen(upper) >= self._seen(threshold)
-        count = alive.sum(1)
-        return upper.topk(capacity, sorted=False).indices, count > capacity, count.sum()
+        count = alive.sum()
+        if self.mode == "deferred":  # no shape may depend on what is found
+            ids = upper.topk(min(capacity, len(upper)), sorted=False).indices
+        else:
+            ids = alive.nonzero()[:capacity, 0]
+        return ids, count > capacity, count
 
     def _true(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(least, largest, exact) logits [b, n] that the dense product may have for ids [b, n], before rounding."""
-        rows, h = self.weight[ids].double(), hidden.double().nan_to_num(0.0, 0.0, 0.0)[:, :, None]
-        z, size = (rows @ h)[..., 0], (rows.abs() @ h.abs())[..., 0]
+        """(least, largest, exact) logits [n] that the dense product may have for ids [n], before rounding."""
+        rows, h = self.weight[ids].double(), hidden[0].double().nan_to_num(0.0, 0.0, 0.0)
+        z, size = rows @ h, rows.abs() @ h.abs()
         if self.bias is not None:
             beta = self.bias.double()[ids]
             z, size = z + beta, size + beta.abs()
@@ -292,22 +298,21 @@ class ExactHead(Head):
         return seen.float()
 
     def _ambiguous(self, ids: Tensor, low: Tensor, high: Tensor, z: Tensor) -> Tensor:
-        """Whether rounding could change the m best, [b]; ids ascend, and one may stand twice.
+        """Whether rounding could change the m best; ids ascend, and one may stand twice.
 
         The winner w of m = 1 is certain if every other token u has hi_u < lo_w, or hi_u = lo_w and w < u. For m > 1
         the m-th must be clear of the next.
         """
         low, high, value = self._seen(low), self._seen(high), self._seen(z)
         repeated = torch.zeros_like(ids, dtype=torch.bool)
-        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+        repeated[1:] = ids[1:] == ids[:-1]
         low, high, value = (x.masked_fill(repeated, -torch.inf) for x in (low, high, value))
-        order = value.argsort(dim=1, descending=True, stable=True)
-        best, others = order[:, : self.m], order[:, self.m :]
-        least = low.gather(1, best).amin(1, keepdim=True)
-        rivals, names = high.gather(1, others), ids.gather(1, others)
+        order = value.argsort(descending=True, stable=True)
+        best, others = order[: self.m], order[self.m :]
+        least, rivals = low[best].amin(), high[others]
         if self.m == 1:
-            return ((rivals > least) | ((rivals == least) & (names < ids.gather(1, best)))).any(1)
-        return (rivals >= least).any(1)
+            return ((rivals > least) | ((rivals == least) & (ids[others] < ids[best]))).any()
+        return (rivals >= least).any()
 
     # --- what `generate` may ask for ---
 
@@ -339,11 +344,10 @@ class ExactHead(Head):
         return not sampled or (50 if top_k is None else top_k) in range(1, self.m + 1)
 
     def bytes_per_step(self, batch: int = 1) -> int:
-        """Bytes of planes, bounds and true rows for `batch` states, with full lists of survivors."""
-        planes = [self.high, self.scales, self.first, self.norms] + ([] if self.nested else [self.low])
-        rows = (SEEDS + FINALISTS) * self.in_features * self.weight.element_size()
-        read = rows + self.nested * self.capacity * self.in_features // 2
-        return sum(t.nbytes for t in planes) + batch * (read + self._row_bytes())
+        """Bytes for `batch` states when one token survives, which nothing but reading all rows could avoid."""
+        planes = [self.high, self.codes, self.units, self.first, self.norms] + ([] if self.nested else [self.low])
+        rows = (max(SEEDS, self.m) + 1) * self.in_features * self.weight.element_size()
+        return sum(t.nbytes for t in planes) + batch * (rows + self._row_bytes())
 
 
 class ExactInt8Head(ExactHead):
