@@ -84,20 +84,25 @@ void score(const Call& c, int64_t i, int64_t stride, int64_t b) {
     for (int s = 0; s < S; ++s) high[r][s] = low[r][s] = _mm512_setzero_si512();
   }
   for (int64_t g = 0; g < c.groups; ++g) {
+    __m512i u0[R], u1[R], code[R];
     for (int r = 0; r < R; ++r) {
       _mm_prefetch(reinterpret_cast<const char*>(next[r] + g * kBytes), _MM_HINT_T0);
       const __m512i packed = _mm512_loadu_si512(plane[r] + g * kBytes);
-      const __m512i u0 = _mm512_and_si512(packed, mask), u1 = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-      const __m512i code = _mm512_srai_epi16(_mm512_shuffle_epi8(_mm512_set1_epi32(codes[r][g]), place), 8);
-      for (int s = 0; s < S; ++s) {
-        const Group& h = c.states[(b + s) * c.groups + g];
-        __m512i dot = _mm512_dpbusd_epi32(_mm512_load_si512(h.from_high), u0, _mm512_load_si512(h.high));
-        dot = _mm512_dpbusd_epi32(dot, u1, _mm512_load_si512(h.high + kBytes));
-        high[r][s] = _mm512_dpwssd_epi32(high[r][s], dot, code);
-        dot = _mm512_dpbusd_epi32(_mm512_load_si512(h.from_low), u0, _mm512_load_si512(h.low));
-        dot = _mm512_dpbusd_epi32(dot, u1, _mm512_load_si512(h.low + kBytes));
-        low[r][s] = _mm512_dpwssd_epi32(low[r][s], dot, code);
-      }
+      u0[r] = _mm512_and_si512(packed, mask), u1[r] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+      code[r] = _mm512_srai_epi16(_mm512_shuffle_epi8(_mm512_set1_epi32(codes[r][g]), place), 8);
+    }
+    for (int s = 0; s < S; ++s) {
+      const Group& h = c.states[(b + s) * c.groups + g];
+      const auto add = [&](const int8_t* part, const int32_t* offset, __m512i(&sums)[R][S]) {
+        const __m512i first = _mm512_load_si512(part), second = _mm512_load_si512(part + kBytes);
+        const __m512i none = _mm512_load_si512(offset);
+        for (int r = 0; r < R; ++r) {
+          const __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, u0[r], first), u1[r], second);
+          sums[r][s] = _mm512_dpwssd_epi32(sums[r][s], dot, code[r]);
+        }
+      };
+      add(h.high, h.from_high, high);
+      add(h.low, h.from_low, low);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -153,7 +158,7 @@ extern "C" void plane_scores(const uint8_t* plane, const int8_t* codes, const fl
   std::atomic<int64_t> taken{0};
   const auto work = [&] {  // in chunks: a thread that has to wait for its core does not hold up the other
     for (int64_t i; (i = taken.fetch_add(chunk)) < n;)
-      (batch == 1 ? sweep<4, 1> : sweep<2, 4>)(call, i, std::min(n, i + chunk));
+      (batch == 1 ? sweep<4, 1> : sweep<3, 2>)(call, i, std::min(n, i + chunk));
   };
   std::vector<std::thread> others;
   for (int64_t i = 1; i < threads; ++i) others.emplace_back(work);
@@ -165,11 +170,9 @@ extern "C" void plane_scores(const uint8_t* plane, const int8_t* codes, const fl
 extern "C" void hold_in_large_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1: what is there already; headers may not know it
   const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage, end = (uintptr_t(data) + bytes) / kPage * kPage;
   if (begin >= end) return;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#if defined(MADV_COLLAPSE)
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_COLLAPSE);  // what is there already
-#endif
+  for (int advice : {MADV_HUGEPAGE, kCollapse}) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #endif
 }
