@@ -10,11 +10,18 @@
 lower on average, so that the head is as wide as those of large models while the text stays real.
 
 Rules, fixed before the runs: perplexity within +4 % is a ratio of at most 1.04 on held-out text; a speed-up is that of
-the median time from h to V logits, batch 1, against the faster of the dense float32 and bfloat16 products, with caches
-flushed before every call and both sides in turn; an exact head fails with a single different token.
+the median time from h to V logits against the fastest dense product (float32 where that is no larger than 64 MiB,
+bfloat16, and the same in large pages), with caches flushed before every call and all sides in turn; an exact head
+fails with a single different token. Beside it stands what a bare reading pass over the same bytes takes in turn.
+
+`--busy`: one thread, and its CPU time instead of the clock's, for a machine that others use.
+
+States of `timing` are h = noise + a w_t / ||w_t||, noise of unit variance, for a random token t, whose logit
+is about `a` standard deviations above the mean of all. At a = 0 a state means nothing, the worst case of exact heads.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import statistics
@@ -27,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import logitproc.heads
 from logitproc import cli
 from logitproc.artifact import write_text
 from logitproc.bundled import find_model
@@ -46,6 +54,7 @@ from logitproc.heads import (
     load_converted,
     tie_floor_min,
 )
+from logitproc.ops import native
 
 SHAPES = {
     "llama-3-8b": (128_256, 4096), "qwen2.5-0.5b": (151_936, 896), "tinyllama": (32_000, 2048),
@@ -57,13 +66,18 @@ KIND_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 BOUND, SPEED = 1.04, 6.0
 ADVERSARIAL, PROMPTS = 2000, 20  # states, and texts that are generated
-_FLUSH = 256 << 20  # bytes written before a call: far beyond the caches of a core
+_FLUSH = 600 << 20  # bytes written before a call: more than all caches hold
+CLOCK: Callable[[], float] = time.perf_counter
 
 Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
+    global CLOCK
     args = _arguments(argv)
+    if args.busy:
+        torch.set_num_threads(1)
+        CLOCK = time.thread_time
     try:
         with torch.inference_mode(False), torch.no_grad():
             rows = args.run(args)
@@ -90,10 +104,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         study.add_argument("--out", required=True, metavar="FOLDER")
         study.add_argument("--debug", action="store_true")
         study.add_argument("--repeats", type=int, default=15, help="timed calls a side (default: 15)")
+        study.add_argument("--busy", action="store_true", help="one thread, and its CPU time instead of the clock's")
         if run in (timing, fitting):
             study.add_argument("--shapes", nargs="+", default=list(SHAPES))
             study.add_argument("--codes", type=int, nargs="+", default=[4096])
             study.add_argument("--heads", nargs="+", default=["weighted", "int8", "int4", "exact_int8", "exact_nested"])
+            study.add_argument("--tops", type=float, nargs="+", default=[0, 5, 6, 7, 8, 9, 10], metavar="A")
+            study.add_argument("--batches", type=int, nargs="+", default=[1, 8])
             continue
         study.add_argument("--model", default="base")
         study.add_argument("--held-out", required=True, metavar="FILE")
@@ -126,7 +143,7 @@ def quality(args: argparse.Namespace) -> list[Row]:
             "head": name, "codes": codes, "numbers": head.num_float_params(), "bytes": head.bytes_per_step(),
             **figures._asdict(), "floor_min": tie_floor_min(pbar, codes) if codes else 0.0,
             **{key: (about.get("floors") or {}).get(key) for key in ("floor", "within", "information")},
-            **_speed(head, dense, held.states[:64], args.repeats), "fit_seconds": seconds,
+            **_against(head, dense, held.states[:64], args.repeats), "fit_seconds": seconds,
         })  # fmt: skip
         print(_table(rows[-1:]), file=sys.stderr)
 
@@ -212,21 +229,19 @@ def widened(weight: Tensor, mean: Tensor, width: int) -> Tensor:
 
 
 def timing(args: argparse.Namespace) -> list[Row]:
-    """Time from h to V logits, random weights, batch 1 and 8, beside the byte floor at the measured bandwidth."""
+    """Time from h to V logits, random weights, beside the bare reading of the same bytes; exact heads at every top."""
     rows: list[Row] = []
     for shape in args.shapes:
         weight, random = _random_weight(*SHAPES[shape])
-        dense, bandwidth = DenseHead.of(weight), _bandwidth(weight)
-        states = _states_near(weight, random, 64)
+        dense, large = DenseHead.of(weight), DenseHead.of(_in_large_pages(weight))
         for name, head in _heads(args, weight, random):
-            row = {"shape": shape, "head": name, "bytes": head.bytes_per_step(), "dense_bytes": dense.bytes_per_step()}
-            for batch in (1, 8):
-                figures = _speed(head, dense, states, args.repeats, batch)
-                row |= {f"{key}_b{batch}": value for key, value in figures.items()}
-            row |= {"floor_ms": row["bytes"] / bandwidth * 1e3, "gb_per_s": bandwidth / 1e9}
-            row |= getattr(head, "counters", {})
-            rows.append(row)
-            print(_table(rows[-1:]), file=sys.stderr)
+            for batch in args.batches:
+                for top in args.tops if isinstance(head, ExactHead) else args.tops[-1:]:
+                    states = _states(weight, random, args.repeats + 2 + batch, top)
+                    row = {"shape": shape, "head": name, "batch": batch, "top": top}
+                    row |= _speed(head, [dense, large], states, args.repeats, batch)
+                    rows.append(row)
+                    print(_table(rows[-1:]), file=sys.stderr)
     return rows
 
 
@@ -237,7 +252,7 @@ def fitting(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for shape in args.shapes:
         weight, random = _random_weight(*SHAPES[shape])
-        states = _states_near(weight, random, 8192)
+        states = _states(weight, random, 8192, 8.0)
         labels = torch.randint(0, len(weight), (8192,), generator=random)
         reading = Calibration(weight, None, states, labels, {"vocab_size": len(weight)})
         for codes in args.codes:
@@ -270,9 +285,7 @@ def _heads(args: argparse.Namespace, weight: Tensor, random: torch.Generator) ->
             else:  # the same planes serve both kinds
                 with torch.device("meta"):
                     other: Any = KINDS[name](**built.spec)
-                for key, value in {**dict(built.named_buffers()), "weight": built.weight}.items():
-                    setattr(other, key, value)
-                other._stamp = other._state_of_weight()
+                other.load_state_dict(built.state_dict(), assign=True)
                 yield name, other
 
 
@@ -284,34 +297,59 @@ def _random_weight(width: int, d: int) -> tuple[Tensor, torch.Generator]:
     return weight, random
 
 
-def _states_near(weight: Tensor, random: torch.Generator, n: int) -> Tensor:
-    """n states whose best token stands 5 to 9 standard deviations above the mean logit, as in real contexts."""
-    chosen = torch.randint(0, len(weight), (n,), generator=random)
+def _states(weight: Tensor, random: torch.Generator, n: int, top: float) -> Tensor:
+    """n states of which one logit stands about `top` standard deviations above the mean; see the head of this file."""
+    rows = weight[torch.randint(0, len(weight), (n,), generator=random)].float()
     noise = torch.randn(n, weight.shape[1], generator=random)
-    gap = torch.linspace(5, 9, n)[torch.randperm(n, generator=random)][:, None]
-    return (noise + gap * weight[chosen].float()).to(weight.dtype)
+    return (noise + top * rows / rows.norm(dim=1, keepdim=True)).to(weight.dtype)
 
 
-def _bandwidth(weight: Tensor) -> float:
-    """Bytes a second at which memory is read, the best of a few tries."""
-    words = weight.view(torch.int64)
-    return weight.nbytes / min(_seconds(lambda h: words.sum(), weight[:1]) for _ in range(4))
+def _in_large_pages(tensor: Tensor) -> Tensor:
+    """A copy, held in pages of 2 MiB where the system can do that: a kernel may read it faster."""
+    copy, planes = tensor.clone(), native.load(Path(logitproc.heads.__file__).with_name("planes.cpp"))
+    if planes is not None:
+        planes.hold_in_large_pages(ctypes.c_void_p(copy.data_ptr()), ctypes.c_int64(copy.nbytes))
+    return copy
 
 
-def _speed(head: nn.Module, dense: DenseHead, states: Tensor, repeats: int, batch: int = 1) -> dict[str, float]:
-    """Median milliseconds of the head and of the faster dense product, and their ratio; in turns, caches flushed."""
-    call: Callable[[Tensor], Any] = head.top if isinstance(head, ExactHead) else head
-    products: list[Callable[[Tensor], Any]] = [dense]
-    if dense.weight.nbytes < 64 << 20:  # a float32 copy of a large head reads twice the bytes
-        wide = dense.weight.float()
-        products.append(lambda h: nn.functional.linear(h.float(), wide))
-    times: list[list[float]] = [[] for _ in (call, *products)]
+def _bare(weight: Tensor, size: int) -> Callable[[Tensor], Any]:
+    """A call that does nothing but read `size` bytes."""
+    held = _in_large_pages(weight.flatten().view(torch.uint8)[:size])
+    reader = native.load(Path(__file__).with_name("read.cpp"))
+    arguments = (ctypes.c_void_p(held.data_ptr()), *map(ctypes.c_int64, (held.nbytes, torch.get_num_threads())))
+    return lambda hidden: (held, reader.read_bytes(*arguments))
+
+
+def _against(head: nn.Module, dense: DenseHead, states: Tensor, repeats: int) -> Row:
+    """Milliseconds of the head and of the fastest dense product, batch 1, and their ratio."""
+    found = _speed(head, [dense, DenseHead.of(_in_large_pages(dense.weight))], states, repeats)
+    return {key: found[key] for key in ("ms", "dense_ms", "speedup")}
+
+
+def _speed(head: nn.Module, dense: list[DenseHead], states: Tensor, repeats: int, batch: int = 1) -> Row:
+    """Median milliseconds: the head (and its mean, which fallbacks raise), dense products, a pass over its bytes."""
+    weight, size = dense[0].weight, head.bytes_per_step(batch)
+    calls: list[Callable[[Tensor], Any]] = [head.top if isinstance(head, ExactHead) else head, *dense]
+    if weight.nbytes <= 64 << 20:  # a float32 copy of a large head reads twice the bytes
+        wide = weight.float()
+        calls.append(lambda h: nn.functional.linear(h.float(), wide))
+    calls.append(_bare(weight, size))
+    times: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 2):
-        at = (turn * batch) % (len(states) - batch + 1)
-        for measured, seconds in zip((call, *products), times, strict=True):
-            seconds.append(_seconds(measured, states[at : at + batch]))
-    ours, *theirs = (statistics.median(seconds[2:]) * 1e3 for seconds in times)
-    return {"ms": ours, "dense_ms": min(theirs), "speedup": min(theirs) / ours}
+        if turn == 2 and isinstance(head, ExactHead):
+            head.reset_counters()
+        at = turn % (len(states) - batch + 1)
+        for call, seconds in zip(calls, times, strict=True):
+            seconds.append(_seconds(call, states[at : at + batch]))
+    ours, *theirs, bare = (statistics.median(seconds[2:]) * 1e3 for seconds in times)
+    found = {
+        "ms": ours, "mean_ms": statistics.mean(times[0][2:]) * 1e3, "dense_ms": min(theirs),
+        "dense_small_pages_ms": theirs[0], "speedup": min(theirs) / ours, "bytes": size, "bare_ms": bare,
+    }  # fmt: skip
+    if isinstance(head, ExactHead):  # of a row
+        counts = head.counters
+        found |= {key: counts[key] / counts["rows"] for key in ("first", "second", "ambiguous", "overflow")}
+    return found
 
 
 _scratch = torch.empty(_FLUSH, dtype=torch.uint8)
@@ -319,9 +357,9 @@ _scratch = torch.empty(_FLUSH, dtype=torch.uint8)
 
 def _seconds(call: Callable[[Tensor], Any], hidden: Tensor) -> float:
     _scratch.add_(1)
-    began = time.perf_counter()
+    began = CLOCK()
     call(hidden)
-    return time.perf_counter() - began
+    return CLOCK() - began
 
 
 # --- exactness ---

@@ -61,9 +61,11 @@ def test_exact_heads_are_held_against_the_dense_one_state_by_state(study, files)
 def test_timing_and_fitting_report_every_shape(study, files, monkeypatch):
     monkeypatch.setattr(study, "SHAPES", {"tiny": (1024, 128)})
     out = ["--out", str(files / "out"), "--debug", "--repeats", "1", "--shapes", "tiny", "--codes", "64"]
-    assert study.main(["timing", *out]) == 0
+    assert study.main(["timing", *out, "--tops", "0", "8"]) == 0
     rows = [json.loads(line) for line in (files / "out/timing.json").read_text().splitlines()]
-    assert [row["head"] for row in rows] == ["weighted K=64", "int8", "int4", "exact_int8", "exact_nested"]
-    assert all(row["ms_b1"] > 0 and row["floor_ms"] > 0 for row in rows)
+    assert {row["head"] for row in rows} == {"weighted K=64", "int8", "int4", "exact_int8", "exact_nested"}
+    assert all(row["speedup"] > 0 and row["bare_ms"] > 0 for row in rows)
+    assert {row["top"] for row in rows if row["head"] == "exact_nested"} == {0, 8}
+    assert max(row["first"] for row in rows if row["top"] == 0) > 0
     assert study.main(["fitting", *out]) == 0
     assert json.loads((files / "out/fitting.json").read_text())["seconds"] > 0

@@ -78,7 +78,7 @@ class ExactHead(Head):
         m: int = 1,
         mode: Mode = "checked",
         capacity: int | None = None,
-        max_rows: int = 8,
+        max_rows: int = 4,
         softcap: float | None = None,
         bias: bool = False,
         dtype: str = "float32",
@@ -102,7 +102,7 @@ class ExactHead(Head):
     @torch.no_grad()
     def of(
         model: Any, kind: str = "exact_nested", *, m: int = 1, mode: Mode = "checked", capacity: int | None = None,
-        max_rows: int = 8, softcap: float | None = None,
+        max_rows: int = 4, softcap: float | None = None,
     ) -> "ExactHead":  # fmt: skip
         """An exact head for a model, or for a linear layer; shares its rows. No text is needed.
 
@@ -197,18 +197,7 @@ class ExactHead(Head):
         return {key: int(value) for key, value in self._counts.items()}
 
     def reset_counters(self) -> None:
-        names = (
-            "calls",
-            "rows",
-            "special",
-            "overflow",
-            "ambiguous",
-            "stale",
-            "wide",
-            "uncovered",
-            "first",
-            "second",
-        )
+        names = ("calls", "rows", "special", "overflow", "ambiguous", "stale", "wide", "uncovered", "first", "second")
         self._counts: dict[str, Any] = dict.fromkeys(names, 0)  # survivors are counted on the device
         self._uncertain = torch.zeros(3, dtype=torch.bool)
 
@@ -326,14 +315,10 @@ class ExactHead(Head):
             self._covered = before
 
     def _covers(self, model: Any, kwargs: dict[str, Any]) -> bool:
-        config = kwargs.get("generation_config")
+        configs = (kwargs.get("generation_config"), model.generation_config)
 
         def setting(key: str) -> Any:
-            values = (
-                kwargs.get(key),
-                getattr(config, key, None),
-                getattr(model.generation_config, key, None),
-            )
+            values = (kwargs.get(key), *(getattr(config, key, None) for config in configs))
             return next((value for value in values if value is not None), None)
 
         sampled = bool(setting("do_sample"))
@@ -345,7 +330,8 @@ class ExactHead(Head):
 
     def bytes_per_step(self, batch: int = 1) -> int:
         """Bytes for `batch` states when one token survives, which nothing but reading all rows could avoid."""
-        planes = [self.high, self.codes, self.units, self.first, self.norms] + ([] if self.nested else [self.low])
+        unread = {"low", "second"} if self.nested else {"first"}
+        planes = [value for name, value in self.planes._asdict().items() if name not in unread]
         rows = (max(SEEDS, self.m) + 1) * self.in_features * self.weight.element_size()
         return sum(t.nbytes for t in planes) + batch * (rows + self._row_bytes())
 

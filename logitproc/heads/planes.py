@@ -12,7 +12,7 @@ exact but for its last rounding: `planes.cpp`, compiled at first use, and `_plai
 
 import ctypes
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ class Planes(NamedTuple):
         groups = -(-columns // GROUP)
         halves = [torch.zeros(rows, groups, GROUP // 2, dtype=torch.uint8) for _ in range(2)]
         codes = torch.zeros(rows, groups, GROUP // QUARTER, dtype=torch.int8)
-        return cls(*halves, codes, *(torch.zeros(rows, dtype=torch.int32) for _ in range(4)))
+        numbers = [torch.zeros(rows, dtype=torch.int32) for _ in range(4)]
+        return cls(*[*halves, codes, *numbers])
 
     @classmethod
     @torch.no_grad()
