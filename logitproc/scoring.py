@@ -184,39 +184,22 @@ def score_tokens(
 
 
 def compare(base: Tensor, processed: Tensor, target: Tensor, divergence: bool = True) -> dict[str, Tensor]:
-    """The figures of `score_tokens`, each [rows]: base and processed scores [rows, V], target ids [rows].
-
-    With d = ln(q/p), taken as 0 where both are forbidden, and h = ln((1 + exp(-|d|)) / 2),
-
-        JS = -(1/2) sum_v [ (p + q) h + p max(d, 0) + q max(-d, 0) ]     nats
-
-    which neither overflows nor loses small divergences, and is exactly 0 for equal scores. A weight of 0
-    makes its term 0, whatever d is. Sums over the vocabulary are float64.
-    """
+    """The figures of `score_tokens`, each [rows]: base and processed scores [rows, V], target ids [rows]."""
     base_nll = ops.nll(base, target)
     nll = base_nll if processed is base else ops.nll(processed, target)
     result = {"base_nll": base_nll, "nll": nll}
     if not divergence:
         return result
-    log_p, log_q = base.double().log_softmax(-1), processed.double().log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    d = torch.where((p == 0) & (q == 0), 0.0, log_q - log_p)
-    h = (torch.expm1(-d.abs()) / 2).log1p()
-    js = -0.5 * (((p + q) * h).sum(-1) + _expect(p, d.clamp(min=0)) + _expect(q, (-d).clamp(min=0)))
-    top_p, top_q = base.argmax(-1), processed.argmax(-1)
+    js, kl, reverse_kl, tv, top_p, top_q = ops.divergences(base, processed)
     return {
         **result,
         "js": (js / math.log(2)).clamp(0, 1),
-        "kl": _expect(q, d).clamp(min=0),
-        "reverse_kl": _expect(p, -d).clamp(min=0),
-        "tv": (p - q).abs().sum(-1) / 2,
+        "kl": kl.clamp(min=0),
+        "reverse_kl": reverse_kl.clamp(min=0),
+        "tv": tv,
         "agree": top_p == top_q,
         "flip": (top_p == target) & (top_q != target),
     }
-
-
-def _expect(weight: Tensor, value: Tensor) -> Tensor:
-    return torch.where(weight > 0, weight * value, 0.0).sum(-1)
 
 
 def max_context(model: Any) -> int | None:

@@ -27,6 +27,7 @@ from transformers import TopPLogitsWarper
 from ..checks import in_range, one_of
 from ..companion import Companion, tiny_companion
 from ..ops import within_budget
+from ..ops.dispatch import op
 from ..processor import Processor
 from ..registry import register
 
@@ -67,6 +68,18 @@ def teacher(
     TVD is that of the tokens all three allow, renormalised. Tokens with pi_anchor < plausibility max pi_anchor
     are forbidden. A row with nothing left is log pi_anchor; one that was forbidden altogether stays so.
     """
+    constant = None if coefficient == "adaptive" else coefficient
+    r = 2 * r if tvd_units == "code" else r
+    bounds = clamp or (-math.inf, math.inf)
+    return extrapolated(plus, minus, anchor, constant, r, eps, bounds, kl_cap, plausibility, anchor_weight)
+
+
+@op
+def extrapolated(
+    plus: Tensor, minus: Tensor, anchor: Tensor, constant: float | None, r: float, eps: float,
+    clamp: tuple[float, float], kl_cap: float | None, plausibility: float, anchor_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `teacher`; constant None stands for "adaptive", r is in the paper's units."""
     # In place wherever a tensor is our own: at large V the allocations cost more than the arithmetic.
     allowed = plus > -torch.inf
     if anchor is not plus:
@@ -75,13 +88,11 @@ def teacher(
     p, q = (z.masked_fill(outside, -torch.inf).log_softmax(-1) for z in (plus, minus))
     d = (p - q).nan_to_num_(0.0).clamp_(-FARTHEST, FARTHEST)  # NaN outside the common tokens
 
-    if coefficient == "adaptive":
-        tvd = p.exp_().sub_(q.exp_()).abs_().sum(-1).nan_to_num_(0.0) / 2
-        a = r * (2 * tvd if tvd_units == "code" else tvd) + eps
+    if constant is None:
+        a = r * (p.exp_().sub_(q.exp_()).abs_().sum(-1).nan_to_num_(0.0) / 2) + eps  # r TVD + eps
     else:
-        a = torch.full_like(d[..., 0], coefficient)
-    if clamp is not None:
-        a = a.clamp(*clamp)
+        a = torch.full_like(d[..., 0], constant)
+    a = a.clamp(*clamp)
 
     log_anchor = anchor.log_softmax(-1).nan_to_num_(-torch.inf, neginf=-torch.inf)  # rows without a token
     if plausibility:

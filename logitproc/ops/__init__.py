@@ -4,8 +4,9 @@
 
 from .dispatch import backend
 from .history import NGramBias, NGramTable, add_ngrams, loop_guard
-from .reference import nll, plausible, within_budget
+from .reference import divergences, nll, plausible, within_budget
 
 __all__ = [
-    "NGramBias", "NGramTable", "add_ngrams", "backend", "loop_guard", "nll", "plausible", "within_budget",
+    "NGramBias", "NGramTable", "add_ngrams", "backend", "divergences", "loop_guard", "nll", "plausible",
+    "within_budget",
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 // Operations on a CPU, one function each.
 
+#include "aligndistil.h"
+#include "divergences.h"
 #include "fusion.h"
 #include "history.h"
 #include "rows.h"

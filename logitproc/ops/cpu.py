@@ -54,6 +54,30 @@ def nll(scores: Tensor, target: Tensor) -> Tensor:
     return out
 
 
+def divergences(base: Tensor, processed: Tensor) -> tuple[Tensor, ...]:
+    given = rows_of(base, processed)
+    if given is None or not base.shape[1]:
+        return NotImplemented
+    sums = torch.empty(4, len(base), dtype=torch.float64)
+    best = torch.empty(2, len(base), dtype=torch.int64)
+    call("divergences", *given, sums, best, *base.shape)
+    return *sums, *best
+
+
+def extrapolated(
+    plus: Tensor, minus: Tensor, anchor: Tensor, constant: float | None, r: float, eps: float,
+    clamp: tuple[float, float], kl_cap: float | None, plausibility: float, anchor_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = rows_of(plus, minus, anchor)
+    if given is None or kl_cap is not None or not plus.numel():
+        return NotImplemented
+    out, a = torch.empty(plus.shape), torch.empty(plus.shape[:-1])
+    implausible = -math.log(plausibility) if plausibility else math.inf
+    numbers = (math.nan if constant is None else constant, r, eps, *clamp, implausible, anchor_weight)
+    call("extrapolated", *given, out, a, a.numel(), plus.shape[-1], *map(float, numbers))
+    return out, a
+
+
 def newton(
     host: Tensor, base: Tensor, expert: Tensor, target: str, low: float, high: float, steps: int
 ) -> tuple[Tensor, ...]:

@@ -15,6 +15,31 @@ def nll(scores: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(scores, target, reduction="none")
 
 
+@op
+def divergences(base: Tensor, processed: Tensor) -> tuple[Tensor, ...]:
+    """(JS, KL(q || p), KL(p || q), TV, best of p, best of q), [rows] each; p, q = softmax of the scores [rows, V].
+
+    JS and KL in nats, best int64: the most probable token. With d = ln(q/p), taken as 0 where both are forbidden,
+    and h = ln((1 + exp(-|d|)) / 2),
+
+        JS = -(1/2) sum_v [ (p + q) h + p max(d, 0) + q max(-d, 0) ]
+
+    which neither overflows nor loses small divergences, and is exactly 0 for equal scores. A weight of 0
+    makes its term 0, whatever d is. Sums over the vocabulary are float64. NaN for a row without a finite score.
+    """
+    log_p, log_q = base.double().log_softmax(-1), processed.double().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    d = torch.where((p == 0) & (q == 0), 0.0, log_q - log_p)
+    h = (torch.expm1(-d.abs()) / 2).log1p()
+    js = -0.5 * (((p + q) * h).sum(-1) + _expect(p, d.clamp(min=0)) + _expect(q, (-d).clamp(min=0)))
+    tv = (p - q).abs().sum(-1) / 2
+    return js, _expect(q, d), _expect(p, -d), tv, base.argmax(-1), processed.argmax(-1)
+
+
+def _expect(weight: Tensor, value: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, weight * value).sum(-1)
+
+
 def plausible(p: Tensor, alpha: float) -> Tensor:
     """bool, as p [..., width]: p >= alpha max p (Li et al., "Contrastive Decoding", arXiv:2210.15097, eq. 2)."""
     return p >= alpha * p.amax(-1, keepdim=True)
