@@ -62,12 +62,11 @@ inline double jensen_shannon(double p, double q, double d) {
 }
 
 // ln softmax of a row, and its first most probable token
-struct Row {
-  const float* scores;
+struct Distribution {
   int64_t best;
   double top, log_total;
 
-  Row(const float* x, int64_t width) : scores(x) {
+  Distribution(const float* x, int64_t width) {
     const float high = maximum(x, width);
     best = std::find(x, x + width, high) - x;
     if (best == width) best = 0;  // nothing but NaN
@@ -81,7 +80,6 @@ struct Row {
     });
     log_total = std::log(total);
   }
-  double log_p(int64_t i) const { return (scores[i] - top) - log_total; }
 };
 
 }  // namespace
@@ -92,7 +90,7 @@ extern "C" {
 void divergences(const float* base, const float* processed, double* sums, int64_t* best, int64_t rows, int64_t width,
                  int64_t threads) {
   for_rows(rows, width, threads, [=](int64_t row) {
-    const Row one(base + row * width, width), other(processed + row * width, width);
+    const Distribution one(base + row * width, width), other(processed + row * width, width);
     double js = 0, kl = 0, reverse_kl = 0, tv = 0;
     for_blocks(width, [&](int64_t start, int64_t n) {
       const float *x = base + row * width, *y = processed + row * width;
