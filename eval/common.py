@@ -60,18 +60,18 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         help="a processor; may be repeated, the order is the order of application",
     )  # fmt: skip
     parser.add_argument("--chain", metavar="FILE", help="a chain in YAML or JSON; --proc overrules it")
-    parser.add_argument("--context", type=_positive, help="tokens read at once (default: at most 1024)")
-    parser.add_argument("--stride", type=_positive, help="tokens between windows (default: context/2)")
-    parser.add_argument("--batch-size", type=_positive, default=8, help="windows at once (default: 8)")
+    parser.add_argument("--context", type=positive, help="tokens read at once (default: at most 1024)")
+    parser.add_argument("--stride", type=positive, help="tokens between windows (default: context/2)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="windows at once (default: 8)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="read the first N documents only")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read the first N documents only")
     parser.add_argument("--json", metavar="OUT", help="write the report as one JSON object on one line")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)

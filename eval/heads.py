@@ -23,6 +23,7 @@ is about `a` standard deviations above the mean of all. At a = 0 a state means n
 import argparse
 import ctypes
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stopwatch import Stopwatch
 from torch import Tensor, nn
 
 import logitproc.heads
@@ -105,6 +107,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         study.add_argument("--debug", action="store_true")
         study.add_argument("--repeats", type=int, default=15, help="timed calls a side (default: 15)")
         study.add_argument("--busy", action="store_true", help="one thread, and its CPU time instead of the clock's")
+        if run is timing:
+            study.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
         if run in (timing, fitting):
             study.add_argument("--shapes", nargs="+", default=list(SHAPES))
             study.add_argument("--codes", type=int, nargs="+", default=[4096])
@@ -233,11 +237,13 @@ def timing(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for shape in args.shapes:
         weight, random = _random_weight(*SHAPES[shape])
-        dense, large = DenseHead.of(weight), DenseHead.of(_in_large_pages(weight))
+        there = weight.to(args.device)
+        dense, large = DenseHead.of(there), DenseHead.of(_in_large_pages(there))
         for name, head in _heads(args, weight, random):
+            head = head.to(args.device)
             for batch in args.batches:
                 for top in args.tops if isinstance(head, ExactHead) else args.tops[-1:]:
-                    states = _states(weight, random, args.repeats + 2 + batch, top)
+                    states = _states(weight, random, args.repeats + 2 + batch, top).to(args.device)
                     row = {"shape": shape, "head": name, "batch": batch, "top": top}
                     row |= _speed(head, [dense, large], states, args.repeats, batch)
                     rows.append(row)
@@ -306,6 +312,8 @@ def _states(weight: Tensor, random: torch.Generator, n: int, top: float) -> Tens
 
 def _in_large_pages(tensor: Tensor) -> Tensor:
     """A copy, held in pages of 2 MiB where the system can do that: a kernel may read it faster."""
+    if tensor.device.type != "cpu":
+        return tensor
     copy, planes = tensor.clone(), native.load(Path(logitproc.heads.__file__).with_name("planes.cpp"))
     if planes is not None:
         planes.hold_in_large_pages(ctypes.c_void_p(copy.data_ptr()), ctypes.c_int64(copy.nbytes))
@@ -315,6 +323,9 @@ def _in_large_pages(tensor: Tensor) -> Tensor:
 def _bare(weight: Tensor, size: int) -> Callable[[Tensor], Any]:
     """A call that does nothing but read `size` bytes."""
     held = _in_large_pages(weight.flatten().view(torch.uint8)[:size])
+    if held.device.type != "cpu":
+        words = held[: size // 8 * 8].view(torch.int64)
+        return lambda hidden: words.sum()
     reader = native.load(Path(__file__).with_name("read.cpp"))
     arguments = (ctypes.c_void_p(held.data_ptr()), *map(ctypes.c_int64, (held.nbytes, torch.get_num_threads())))
     return lambda hidden: (held, reader.read_bytes(*arguments))
@@ -352,14 +363,14 @@ def _speed(head: nn.Module, dense: list[DenseHead], states: Tensor, repeats: int
     return found
 
 
-_scratch = torch.empty(_FLUSH, dtype=torch.uint8)
+@functools.cache
+def _scratch(device: torch.device) -> Tensor:
+    return torch.zeros(_FLUSH, dtype=torch.uint8, device=device)
 
 
 def _seconds(call: Callable[[Tensor], Any], hidden: Tensor) -> float:
-    _scratch.add_(1)
-    began = CLOCK()
-    call(hidden)
-    return CLOCK() - began
+    _scratch(hidden.device).add_(1)
+    return Stopwatch(hidden.device, CLOCK).seconds(lambda i: call(hidden))
 
 
 # --- exactness ---

@@ -1,299 +1,248 @@
-"""What a method costs: every figure beside its baseline, both measured in turns in the same run.
+"""What everything costs: one command, one table, on whatever machine it runs.
 
-    python eval/speed.py                                    steps, chains, generation, scoring
+    python eval/speed.py                                    steps, calls, jobs and heads, in a few minutes
+    python eval/speed.py --json speed.json --plot speed.png
+    python eval/speed.py --check                            exit 1 if a ratio of the stored table got worse
+    python eval/speed.py --json eval/results/speed.json     store another table
     python eval/speed.py --fit corpus.txt --megabytes 100   counting a corpus, and nothing else
     python eval/speed.py --busy --rounds 20                 on a machine that others use: one thread, its own CPU time
-    python eval/speed.py --json speed.json
 
-Ratios are what to read; microseconds belong to this machine on this day. Scores are random normal numbers, in
-buffers that rotate so that caches do not flatter; the prior is the bundled `quixote` (real counts), its ids
-spread over the vocabulary. Each row is the median of many rounds, with the quartiles of the ratio.
+Ratios are what to read; microseconds belong to this machine on this day. Whatever is compared is measured in turns in
+one process: each ratio is the median over the rounds, with its quartiles. What is timed, on what, and the bounds
+stand in `speed_cases.py`:
+
+    steps   one step of each method, and of a chain of all, beside a copy of the scores, `log_softmax` of all scores
+            that it reads, transformers' own processors, and the forward pass of a model of 1 or 8 billion parameters
+            (the shape of Llama 3, random weights, bfloat16, one token a row after 256)
+    calls   what a chain costs that does nothing; rows at once; a ledger
+    jobs    generating, scoring and fitting, from end to end
+    heads   output heads beside the dense one and beside the time to read their bytes, see `heads.py`
+
+--check compares ratios with the table that --json stored, never times: a ratio is worse when it exceeds 1.3 times the
+stored one in three measurements.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import platform
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-Call = Callable[[int], Any]  # takes the number of the round, to pick a buffer
+import common
+import numpy as np
+import psutil
+import speed_cases
+import torch
+from speed_cases import BASELINES, BATCHES, BOUNDS, LENGTH, PAIRS, STEPS, VOCABULARIES, Bound, Inputs
+from stopwatch import Call, Stopwatch
+from transformers.utils import logging
 
-CLOCK: Callable[[], float] = time.perf_counter  # seconds
-ROUNDS = 200
+from logitproc import cli
+from logitproc.artifact import write_text
 
-# (what, against what, vocabulary, batch) -> the ratio that the project holds itself to
-BOUNDS = {
-    ("ngram paper", "RepetitionPenalty", 32_000, 1): 3.0,
-    ("ngram lift", "RepetitionPenalty", 32_000, 1): 3.0,
-    ("ngram paper", "scores.clone()", 151_936, 8): 1.5,
-    ("ngram lift", "scores.clone()", 151_936, 8): 1.5,
-    ("ngram backoff", "log_softmax", 32_000, 1): 3.0,
-    ("ngram backoff", "log_softmax", 151_936, 8): 3.0,
-    ("Chain of 5 no-ops", "list of 1 no-op", 32_000, 1): 1.0,
-    ("generate with aligndistil", "generate", 8192, 8): 2.0,
-    ("fusion newton", "3 log_softmax", 151_936, 8): 2.0,
-    ("fusion newton", "its rows one by one", 151_936, 32): 1.0,
-    ("suppression paper", "scores.clone()", 151_936, 8): 1.5,
-    ("suppression ratio", "scores.clone()", 151_936, 8): 1.5,
-    ("suppression dry", "scores.clone()", 151_936, 8): 1.5,
+STORED = Path(__file__).parent / "results" / "speed.json"
+PARTS = ("steps", "calls", "jobs", "heads")
+MARGIN = 1.3  # of --check
+ATTEMPTS = 3
+LLAMA = {  # hidden, intermediate, layers, heads, key-value heads, tied head
+    "1B": (2048, 8192, 16, 32, 8, True),
+    "8B": (4096, 14_336, 32, 32, 8, False),
 }
+HEAD_SHAPES = {"cpu": ("qwen2.5-0.5b",), "cuda": ("llama-3-8b", "qwen2.5-0.5b")}
+HEADS = {"weighted": "head weighted K=1024", "int8": "head int8", "exact_nested": "head exact_nested"}
+
+Thing = tuple[str, int, int]  # what is timed, vocabulary, batch
+Key = tuple[str, str, int, int]  # the same, with what it is held against
+Wanted = Callable[[Thing], bool]
 
 
-def compare(ours: Call, theirs: Call, rounds: int | None = None, calls: int = 5) -> dict[str, float]:
-    """Median microseconds a call of both, and the quartiles of their ratio round by round."""
-    times: list[list[float]] = [[], []]
-    rounds = rounds or ROUNDS
-    for i in range(rounds + rounds // 10 + 1):
-        for which, call in enumerate((ours, theirs)):
-            start = CLOCK()
-            for j in range(calls):
-                call(i * calls + j)
-            times[which].append((CLOCK() - start) / calls * 1e6)
-    import numpy as np
+class Row(NamedTuple):
+    """One comparison; `us` is the time of a call of what is timed, which makes `tokens` tokens."""
 
-    a, b = np.array(times)[:, -rounds:]
-    low, middle, high = np.percentile(a / b, [25, 50, 75])
-    return {"us": float(np.median(a)), "baseline_us": float(np.median(b)), "ratio": float(middle),
-            "ratio_25": float(low), "ratio_75": float(high)}  # fmt: skip
+    part: str
+    what: str
+    against: str
+    vocabulary: int
+    batch: int
+    tokens: int
+    us: float
+    baseline_us: float
+    ratio: float
+    ratio_25: float
+    ratio_75: float
 
+    @property
+    def thing(self) -> Thing:
+        return self.what, self.vocabulary, self.batch
 
-def spread_prior(vocabulary: int) -> Any:
-    """The bundled prior with its ids spread over a larger vocabulary, order kept."""
-    import numpy as np
-
-    from logitproc import NGramPrior
-    from logitproc.prior import Order
-
-    prior = NGramPrior.load("quixote")
-    rng = np.random.default_rng(0)
-    new = np.sort(rng.choice(vocabulary, prior.vocab_size, replace=False))
-    new = np.append(new, vocabulary)  # the start of a document
-    orders = []
-    for o in prior.orders:
-        oldest = new[o.oldest] if orders else o.oldest
-        keys = o.parent * (vocabulary + 2) + oldest if orders else o.keys
-        orders.append(Order(keys, o.parent, oldest, o.indptr, new[o.ids]))
-    about = prior.tokenizer | {"vocab_size": vocabulary, "special": new[prior.tokenizer["special"]].tolist(),
-                               "bos": None, "eos": int(new[prior.tokenizer["eos"]])}  # fmt: skip
-    return NGramPrior(about, orders, prior.counts, documents=prior.documents, tokens=prior.tokens)
+    @property
+    def key(self) -> Key:
+        return self.what, self.against, self.vocabulary, self.batch
 
 
-def steps(length: int = 256, buffers: int = 8) -> list[dict]:
-    """One step of each rule, and of chains, beside transformers' own work on the same tensors."""
-    import torch
-    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+def compared(
+    part: str, what: str, against: str, vocabulary: int, batch: int, tokens: int, ours: np.ndarray,
+    theirs: np.ndarray | float,
+) -> Row:  # fmt: skip
+    """Of the seconds of both, round by round."""
+    low, middle, high = np.percentile(ours / theirs, [25, 50, 75])
+    figures = np.median(ours) * 1e6, np.median(theirs) * 1e6, middle, low, high
+    return Row(part, what, against, vocabulary, batch, tokens, *(float(f"{figure:.4g}") for figure in figures))
 
-    from logitproc import Chain, NGramStyleLogitsProcessor, Processor
-    from logitproc.methods.ngram import OFF
 
-    class NoOp(Processor):
-        def step(self, tokens, scores):
-            return scores
+# --- measuring ---
 
-    rows = []
-    for vocabulary, batch in ((32_000, 1), (32_000, 8), (151_936, 1), (151_936, 8)):
-        prior = spread_prior(vocabulary)
-        generator = torch.Generator().manual_seed(0)
-        scores = [3 * torch.randn(batch, vocabulary, generator=generator) for _ in range(buffers)]
-        # Histories are real text: the contexts of the prior itself, so that all orders match.
-        o = prior.orders[2]
-        newest = prior.orders[1].oldest[o.parent]
-        pick = torch.randint(0, len(o.keys), (buffers, batch, length // 2), generator=generator).numpy()
-        ids = [
-            torch.stack([torch.from_numpy(o.oldest[p]), torch.from_numpy(newest[p])], -1).flatten(1)
-            for p in pick
-        ]
-        ids = [x.clamp(max=vocabulary - 1) for x in ids]
-        z = lambda i, s=scores: s[i % buffers]
-        t = lambda i, s=ids: s[i % buffers]
-        penalty = RepetitionPenaltyLogitsProcessor(1.1)
-        baselines: dict[str, Call] = {
-            "RepetitionPenalty": lambda i, z=z, t=t, p=penalty: p(t(i), z(i)),
-            "scores.clone()": lambda i, z=z: z(i).clone(),
-            "log_softmax": lambda i, z=z: z(i).log_softmax(-1),
-        }
-        for label, options in (("ngram paper", {"rule": "paper"}), ("ngram lift", {"rule": "lift"}),
-                               ("ngram backoff", {"rule": "backoff", **OFF}), ("ngram default", {})):  # fmt: skip
-            chain = Chain([NGramStyleLogitsProcessor(prior, **options)])
-            for name, baseline in baselines.items():
-                result = compare(lambda i, c=chain, z=z, t=t: c(t(i), z(i)), baseline)
-                rows.append(
-                    {"what": label, "against": name, "vocabulary": vocabulary, "batch": batch} | result
+
+class Run:
+    """One run of the script: what was asked for, and the clock."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.watch = Stopwatch(args.device, time.process_time if args.busy else time.perf_counter)
+        self.left_out: dict[str, str] = {}  # what, and why
+
+    def rows(self, wanted: Wanted = lambda thing: True) -> Iterator[Row]:
+        for part in self.args.parts:
+            self.say(part)
+            measure = {"steps": self.steps, "heads": self.heads}.get(part)
+            yield from self.pairs(part, wanted) if measure is None else measure(wanted)
+
+    def steps(self, wanted: Wanted) -> Iterator[Row]:
+        sizes = [(v, b) for v in self.args.vocabularies for b in self.args.batches]
+        sizes = [(v, b) for v, b in sizes if any(wanted((name, v, b)) for name in STEPS)]
+        forwards = self.forwards(sizes)
+        for vocabulary, batch in sizes:
+            self.say(f"steps: {vocabulary:,} x {batch}")
+            x = Inputs(vocabulary, batch, self.args.device)
+            made = {name: make(x) for name, make in STEPS.items() if wanted((name, vocabulary, batch))}
+            reads = {name: speed_cases.tensors_read(processors) for name, processors in made.items()}
+            calls: dict[Any, Call] = {name: x.step(processors) for name, processors in made.items()}
+            for against, baseline in BASELINES.items():
+                calls |= {(against, n): baseline(x, n) for n in set(reads.values())}
+            times = self.watch.in_turns(calls, self.args.rounds, self.args.seconds)
+            for name in made:
+                beside = {against: times[against, reads[name]] for against in BASELINES}
+                beside |= {f"{size} forward": forwards[size, vocabulary, batch] for size in LLAMA
+                           if (size, vocabulary, batch) in forwards}  # fmt: skip
+                for against, theirs in beside.items():
+                    yield compared("steps", name, against, vocabulary, batch, batch, times[name], theirs)
+
+    def forwards(self, sizes: list[tuple[int, int]]) -> dict[tuple[str, int, int], float]:
+        """Median seconds of the bare forward pass of one token a row, by model, vocabulary and batch."""
+        found = {}
+        for name in self.args.models if sizes else ():
+            need, free = llama_bytes(name, max(v for v, _ in sizes)), free_memory(self.args.device)
+            if need > free / 2:
+                self.left_out[f"{name} forward"] = (
+                    f"its weights take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
                 )
-        five = Chain([NoOp() for _ in range(5)])
-        for count in (1, 5):
-            plain = LogitsProcessorList([NoOp() for _ in range(count)])
-            result = compare(
-                lambda i, z=z, t=t, p=five: p(t(i), z(i)), lambda i, z=z, t=t, p=plain: p(t(i), z(i))
-            )
-            name = "list of 1 no-op" if count == 1 else "list of 5 no-ops"
-            rows.append({"what": "Chain of 5 no-ops", "against": name, "vocabulary": vocabulary,
-                         "batch": batch} | result)  # fmt: skip
-    return rows
+                continue
+            self.say(f"the forward pass of {name}")
+            model = llama(name, max(v for v, _ in sizes), self.args.device)
+            for vocabulary, batch in sizes:
+                call = one_token(model, vocabulary, batch)
+                times = self.watch.in_turns({"forward": call}, self.args.rounds, self.args.seconds / 4, least=3)
+                found[name, vocabulary, batch] = float(np.median(times["forward"]))
+        return found
 
+    def pairs(self, part: str, wanted: Wanted) -> Iterator[Row]:
+        for pair in PAIRS:
+            if pair.part != part or not wanted((pair.what, pair.vocabulary, pair.batch)):
+                continue
+            self.say(f"{part}: {pair.what}")
+            ours, theirs = pair.make(self.args.device)
+            times = self.watch.in_turns({"ours": ours, "theirs": theirs}, self.args.rounds, self.args.seconds)
+            yield compared(*pair[:6], times["ours"], times["theirs"])
 
-def suppression_steps(items: int = 2000, length: int = 60, buffers: int = 8) -> list[dict]:
-    """One step of each rule after `items` texts, and an update of the ledger with 10,000 tokens.
+    def heads(self, wanted: Wanted) -> Iterator[Row]:
+        import heads
 
-    The texts are cut from a pool of phrases, and histories from the texts, so that many of them match.
-    """
-    import numpy as np
-    import torch
-
-    from logitproc import Chain, NGramPrior, SuppressionLogitsProcessor, TokenLedger
-
-    rows = []
-    for vocabulary, batch in ((32_000, 8), (151_936, 8)):
-        rng = np.random.default_rng(0)
-        draw = lambda *shape, v=vocabulary, rng=rng: np.minimum(rng.zipf(1.2, shape), v - 1)
-        phrases = draw(5000, 6)
-        texts = phrases[np.minimum(rng.zipf(1.3, (items, length // 6)), 4999)].reshape(items, length)
-        about = {"fingerprint": "", "name": "ids", "vocab_size": vocabulary, "bos": None, "eos": 0, "special": [0]}
-        ledger = TokenLedger(about, texts=True)
-        ledger.update(texts)
-        reference = NGramPrior.from_ids(draw(items, length).tolist(), order=1, vocab_size=vocabulary)
-        generator = torch.Generator().manual_seed(0)
-        scores = [3 * torch.randn(batch, vocabulary, generator=generator) for _ in range(buffers)]
-        ids = [torch.from_numpy(texts[rng.integers(items, size=batch), : length - 7]) for _ in range(buffers)]
-        z = lambda i, s=scores: s[i % buffers]
-        size = {"vocabulary": vocabulary, "batch": batch}
-        for rule, options in (("paper", {}), ("ratio", {"reference": reference}), ("dry", {})):
-            chain = Chain([SuppressionLogitsProcessor(ledger, rule=rule, **options)])
-            result = compare(lambda i, c=chain, z=z, t=ids: c(t[i % buffers], z(i)), lambda i, z=z: z(i).clone())
-            rows.append({"what": f"suppression {rule}", "against": "scores.clone()"} | size | result)
-        new = [draw(100, 100).tolist() for _ in range(buffers)]
-        counts = TokenLedger(about)
-        result = compare(lambda i, c=counts, new=new: c.update(new[i % buffers], "a", i),
-                         lambda i, new=new: np.concatenate(new[i % buffers]), rounds=40, calls=1)  # fmt: skip
-        rows.append({"what": "ledger, 10,000 tokens", "against": "np.concatenate"} | size | result)
-    return rows
-
-
-def aligndistil_steps(device: str, buffers: int = 8) -> list[dict]:
-    """The teacher of each coefficient on given scores, and generation with one companion of the host's size."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import logitproc as lp
-    from logitproc.methods.aligndistil import teacher
-
-    settings = {"adaptive": {}, "constant": {"coefficient": 1.0}, "masked": {"plausibility": 0.1},
-                "kl_cap": {"kl_cap": 0.2}}  # fmt: skip
-    rows = []
-    for vocabulary in (32_000, 151_936):
-        generator = torch.Generator().manual_seed(0)
-        scores = [3 * torch.randn(8, vocabulary, generator=generator).to(device) for _ in range(buffers)]
-        z = lambda i, s=scores: s[i % buffers]
-        for label, given in settings.items():
-            result = compare(
-                lambda i, z=z, given=given: teacher(z(i), z(i + 1), z(i), **given),
-                lambda i, z=z: z(i).log_softmax(-1), rounds=20, calls=2,
+        for shape in HEAD_SHAPES[self.args.device]:
+            vocabulary = heads.SHAPES[shape][0]
+            kinds = [kind for kind, what in HEADS.items() if wanted((what, vocabulary, 1))]
+            if not kinds:
+                continue
+            self.say(f"heads: {shape}")
+            given = argparse.Namespace(
+                shapes=[shape], codes=[1024], heads=kinds, tops=[8.0], batches=[1], repeats=min(15, self.args.rounds),
+                device=self.args.device,
             )  # fmt: skip
-            rows.append({"what": f"aligndistil {label}", "against": "log_softmax", "vocabulary": vocabulary,
-                         "batch": 8} | result)  # fmt: skip
+            heads.CLOCK = self.watch.clock
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = heads.timing(given)
+            for kind, row in zip(kinds, found, strict=True):
+                for against, baseline in (("dense head", row["dense_ms"]), ("reading its bytes", row["bare_ms"])):
+                    ours, theirs = np.array([row["ms"]]) / 1e3, np.array([baseline]) / 1e3
+                    yield compared("heads", HEADS[kind], against, vocabulary, 1, 1, ours, theirs)
 
-    host = lp.pocket("mini-dpo")
-    model = AutoModelForCausalLM.from_pretrained(host, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(host)
-    chain = lp.Chain.from_spec([{"name": "aligndistil", "reverse": {"model": "mini-reverse-dpo", "dtype": "float32"}}])
-    prompt = tokenizer(["The road was long"] * 8, return_tensors="pt").to(device)
-
-    def generated(i: int, chain: Any) -> None:
-        torch.manual_seed(i)
-        lp.generate(model, chain, **prompt, do_sample=True, top_k=0, min_new_tokens=64, max_new_tokens=64)
-
-    result = compare(lambda i: generated(i, chain), lambda i: generated(i, lp.Chain()), 6, 1)
-    about = {"what": "generate with aligndistil", "against": "generate", "vocabulary": tokenizer.vocab_size}
-    return [*rows, about | {"batch": 8} | result]
+    def say(self, what: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{what}", end="\r", file=sys.stderr)
 
 
-def fusion_steps(buffers: int = 4) -> list[dict]:
-    """Solving alpha and fusing, beside one `log_softmax` of each of the three tensors; and rows one by one.
-
-    Logits fall off as 1.1 ln(rank), with noise, tokens in random order: an invented language model.
-    """
-    import torch
-
-    from logitproc.methods.fusion import UPSCALED, candidates, fuse, mix
-
-    rows = []
-    for vocabulary, batch in ((32_000, 8), (151_936, 8), (151_936, 32)):
-        random = torch.Generator().manual_seed(0)
-        noise = lambda n=batch, v=vocabulary, g=random: torch.randn(n, v, generator=g)
-        falling = -1.1 * torch.arange(1, vocabulary + 1).log()
-        given = []
-        for _ in range(buffers if batch < 32 else 1):
-            order = torch.stack([torch.randperm(vocabulary, generator=random) for _ in range(batch)])
-            host = falling[order] + noise()
-            base = host + noise()
-            given.append((host, base, base + 0.5 * noise()))
-        three = lambda i, g=given: [x.log_softmax(-1) for x in g[i % len(g)]]
-
-        def solve(i: int, mode: Any, g: Any = given, part: slice = slice(None)) -> None:
-            host, base, expert = (x[part] for x in g[i % len(g)])
-            fuse(host, base, [expert], mode)
-
-        def mixed(i: int, g: Any = given, n: int = batch) -> None:
-            host, base, expert = g[i % len(g)]
-            mix(candidates(host, base, [expert], (), UPSCALED), torch.zeros(n, 1 + len(UPSCALED)))
-
-        size = {"vocabulary": vocabulary, "batch": batch}
-        if batch < 32:
-            for mode in ("newton", "grid", "match"):
-                result = compare(lambda i, m=mode, f=solve: f(i, m), three, rounds=20, calls=1)
-                rows.append({"what": f"fusion {mode}", "against": "3 log_softmax"} | size | result)
-            rows.append({"what": "fusion mixture", "against": "3 log_softmax"} | size
-                        | compare(mixed, three, rounds=20, calls=1))  # fmt: skip
-            continue
-
-        def singly(i: int, f: Any = solve, n: int = batch) -> None:
-            for row in range(n):
-                f(i, "newton", part=slice(row, row + 1))
-
-        result = compare(lambda i, f=solve: f(i, "newton"), singly, rounds=10, calls=1)
-        rows.append({"what": "fusion newton", "against": "its rows one by one"} | size | result)
-    return rows
+# --- models as large as those that chains are for ---
 
 
-def whole_jobs(device: str) -> list[dict]:
-    """Scoring and generation with the bundled model, through the default chain, beside the bare model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def empty_llama(name: str, vocabulary: int) -> Any:
+    """A Llama of that shape in bfloat16, without its weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    import logitproc as lp
-    from logitproc.scoring import score_tokens
+    hidden, intermediate, layers, heads, kv_heads, tied = LLAMA[name]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied, max_position_embeddings=8192,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
-    model = AutoModelForCausalLM.from_pretrained(lp.pocket("base"), dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
-    rows = []
-    torch.manual_seed(0)  # what is scored is text of the model itself
-    start = torch.full((32, 1), tokenizer.bos_token_id, device=device)
-    ids = model.generate(start, do_sample=True, top_k=0, min_new_tokens=512, max_new_tokens=512).view(4, 8, 513)
-    prompt = tokenizer(["The road was long"] * 8, return_tensors="pt").to(device)
-    for rule in ("lift", "backoff"):
-        chain = lp.Chain.from_spec([{"name": "ngram", "prior": "quixote", "rule": rule}])
 
-        def bare(i: int) -> None:
-            with torch.no_grad():
-                model(input_ids=ids[i % 4, :, :-1], use_cache=False)
+def llama_bytes(name: str, vocabulary: int) -> int:
+    return sum(p.nbytes for p in empty_llama(name, vocabulary).parameters())
 
-        def scored(i: int, chain: Any = chain) -> None:
-            score_tokens(model, chain, ids[i % 4], divergence=False)
 
-        def generated(i: int, chain: Any) -> None:
-            torch.manual_seed(i)
-            lp.generate(model, chain, **prompt, do_sample=True, top_k=0, min_new_tokens=64, max_new_tokens=64)
+def llama(name: str, vocabulary: int, device: str) -> Any:
+    """Its random weights are one block again and again, which is made fast."""
+    model = empty_llama(name, vocabulary).to_empty(device=device)
+    model.tie_weights()
+    block = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(device, torch.bfloat16)
+    for parameter in model.parameters():
+        for part in parameter.data.view(-1).split(len(block)):
+            part.copy_(block[: len(part)])
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # its buffers are no parameters
+    return model
 
-        tokens = {"vocabulary": tokenizer.vocab_size, "batch": 8}
-        result = compare(scored, bare, rounds=8, calls=1)
-        rows.append({"what": f"perplexity through ngram {rule}", "against": "bare forward"} | tokens | result)
-        result = compare(lambda i, c=chain: generated(i, c), lambda i: generated(i, lp.Chain()), 6, 1)
-        rows.append({"what": f"generate with ngram {rule}", "against": "generate"} | tokens | result)
-    return rows
+
+def one_token(model: Any, vocabulary: int, batch: int) -> Call:
+    """A forward pass of one token a row after LENGTH others, with so many rows of the output head."""
+    from transformers import DynamicCache
+
+    config, device = model.config, model.device
+    head = torch.nn.Linear(1, 1, bias=False)
+    head.weight = torch.nn.Parameter(model.get_output_embeddings().weight[:vocabulary], requires_grad=False)
+    cache, size = DynamicCache(), config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        keys, values = torch.randn(2, batch, config.num_key_value_heads, LENGTH, size, device=device).bfloat16()
+        cache.update(keys, values, layer)
+    ids = torch.arange(batch, device=device)[:, None]
+
+    def call(i: int) -> torch.Tensor:
+        hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True)[0]
+        cache.crop(-1)
+        return head(hidden[:, -1])
+
+    return call
+
+
+def free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+# --- counting a corpus ---
 
 
 def documents_of(corpus: Path, megabytes: float) -> Iterator[str]:
@@ -321,6 +270,7 @@ def fit(corpus: Path, megabytes: float) -> dict[str, float]:
 
     `counted` is the peak until the prior is on the disk; the rest is that of reading it, which holds all of it.
     """
+    import resource
     import tempfile
 
     from transformers import AutoTokenizer
@@ -337,70 +287,236 @@ def fit(corpus: Path, megabytes: float) -> dict[str, float]:
 
     tokenizer, before = AutoTokenizer.from_pretrained(bundled.pocket("base")), peak()
     with tempfile.TemporaryDirectory() as folder:
-        start = CLOCK()
+        start = time.perf_counter()
         counted = Unread.fit(documents_of(corpus, megabytes), tokenizer, order=3, out=f"{folder}/prior")
-        on_disk = CLOCK() - start
+        on_disk = time.perf_counter() - start
         prior = NGramPrior.load(f"{folder}/prior")
-        seconds = CLOCK() - start
+        seconds = time.perf_counter() - start
     return {"megabytes": megabytes, "tokens": prior.tokens, "n_grams": sum(len(o.ids) for o in prior.orders),
             "seconds": seconds, "seconds_to_disk": on_disk, "tokens_per_second": prior.tokens / seconds,
             "gigabytes_before": before, "gigabytes_counted": counted, "gigabytes_read": peak()}  # fmt: skip
 
 
-def table(rows: list[dict]) -> str:
-    head = f"{'':32} {'against':20} {'V':>8} {'batch':>5} {'us':>10} {'ratio':>7}  quartiles     bound"
-    lines = [head]
-    for r in rows:
-        bound = BOUNDS.get((r["what"], r["against"], r["vocabulary"], r["batch"]))
-        verdict = "" if bound is None else f"{bound:g} {'ok' if r['ratio'] <= bound else 'MISSED'}"
-        lines.append(
-            f"{r['what']:32} {r['against']:20} {r['vocabulary']:>8} {r['batch']:>5} {r['us']:>10.1f} "
-            f"{r['ratio']:>7.2f}  {r['ratio_25']:.2f}-{r['ratio_75']:.2f}     {verdict}"
+# --- output ---
+
+
+def tables(rows: list[Row]) -> str:
+    """Steps with a column for each baseline; all other comparisons one below the other; bounds."""
+    found = []
+    steps = [row for row in rows if row.part == "steps"]
+    columns = list(dict.fromkeys(row.against for row in steps))
+    cells: dict[tuple[str, int, int], dict[str, Row]] = {}
+    for row in steps:
+        cells.setdefault((row.what, row.vocabulary, row.batch), {})[row.against] = row
+    body = []
+    for (what, vocabulary, batch), beside in cells.items():
+        first = next(iter(beside.values()))
+        times = f"{first.us:.1f}", f"{first.us / first.tokens:.1f}"
+        body.append((what, f"{vocabulary}", f"{batch}", *times, *(_ratio(beside.get(name)) for name in columns)))
+    if body:
+        found.append(common.rows(("step", "V", "batch", "us", "us/token", *columns), body))
+    others = [
+        (r.what, r.against, f"{r.vocabulary}", f"{r.batch}", f"{r.us:.1f}", f"{r.tokens / r.us * 1e6:,.0f}",
+         f"{r.ratio:.3g}", f"{r.ratio_25:.3g} to {r.ratio_75:.3g}")
+        for r in rows if r.part != "steps"
+    ]  # fmt: skip
+    if others:
+        head = ("what", "against", "V", "batch", "us", "tokens/s", "ratio", "quartiles")
+        found.append(common.rows(head, others))
+    judged = [
+        (worst.what, worst.against, f"{worst.vocabulary} x {worst.batch}", f"{worst.ratio:.3g}", f"{bound.ratio:.3g}",
+         "ok" if worst.ratio <= bound.ratio else "MISSED")
+        for bound, worst in verdicts(rows)
+    ]  # fmt: skip
+    if judged:
+        found.append(common.rows(("bound", "against", "worst at", "ratio", "at most", ""), judged))
+    return "\n\n".join(found)
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row.ratio:.2f} %" if row.against.endswith("forward") else f"{row.ratio:.2f}"
+
+
+def verdicts(rows: list[Row], device: str = "") -> Iterator[tuple[Bound, Row]]:
+    """Each bound that was measured, with the worst of its rows."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for bound in BOUNDS:
+        of_bound = [
+            row for row in rows
+            if (row.what, row.against) == (bound.what, bound.against)
+            and bound.vocabulary in (None, row.vocabulary) and bound.batch in (None, row.batch)
+        ]  # fmt: skip
+        if of_bound and bound.device in (None, device):
+            yield bound, max(of_bound, key=lambda row: row.ratio)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Each step beside `log_softmax` and beside the forward pass of the smallest model that was measured."""
+    from matplotlib.figure import Figure
+
+    steps = [row for row in rows if row.part == "steps"]
+    forwards = [name for name in (f"{size} forward" for size in LLAMA) if any(row.against == name for row in steps)]
+    panels = ["log_softmax", *forwards[:1]]
+    names = [name for name in STEPS if any(row.what == name for row in steps)]
+    figure = Figure(figsize=(6.5 * len(panels), 1.2 + 0.34 * len(names)), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    sizes = sorted({(row.vocabulary, row.batch) for row in steps})
+    colors = {batch: f"C{n}" for n, batch in enumerate(sorted({batch for _, batch in sizes}))}
+    markers = {vocabulary: "os^v"[n % 4] for n, vocabulary in enumerate(sorted({v for v, _ in sizes}))}
+    for axis, against in zip(axes, panels, strict=True):
+        scale = 1 if against == "log_softmax" else 100
+        for vocabulary, batch in sizes:
+            points = [(r.ratio * scale, names.index(r.what)) for r in steps
+                      if (r.against, r.vocabulary, r.batch) == (against, vocabulary, batch)]  # fmt: skip
+            axis.plot(*zip(*points, strict=True), markers[vocabulary], color=colors[batch], alpha=0.8,
+                      label=f"{vocabulary:,} x {batch}")  # fmt: skip
+        axis.set(xscale="log", xlabel="times log_softmax of the scores that it reads" if scale == 1
+                 else f"% of the {against}")  # fmt: skip
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.25)
+    axes[0].axvline(3, color="0.4", lw=0.8, ls="--")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[-1].legend(title="vocabulary x batch", fontsize=8, title_fontsize=8)
+    figure.savefig(path)
+
+
+# --- the guard against regressions ---
+
+
+def worse(rows: list[Row], stored: dict[Key, Row]) -> list[Row]:
+    """The rows whose ratio exceeds MARGIN times the stored one."""
+    return [row for row in rows if row.key in stored and row.ratio > MARGIN * stored[row.key].ratio]
+
+
+def check(rows: list[Row], stored: dict[Key, Row], again: Callable[[Wanted], Iterable[Row]]) -> list[str]:
+    """A sentence for each row that is worse than the stored one in ATTEMPTS measurements."""
+    best, failing = {row.key: row for row in rows}, worse(rows, stored)
+    for _ in range(ATTEMPTS - 1):
+        things = {row.thing for row in failing}
+        for row in again(things.__contains__) if things else ():
+            if row.key in best and row.ratio < best[row.key].ratio:
+                best[row.key] = row
+        failing = worse([best[row.key] for row in failing], stored)
+    return [
+        f"{row.what}, vocabulary {row.vocabulary:,}, batch {row.batch}: {row.ratio:.3g} times {row.against}, stored "
+        f"{stored[row.key].ratio:.3g}: {100 * (row.ratio / stored[row.key].ratio - 1):.0f} % worse."
+        for row in failing
+    ]
+
+
+def read_stored(path: Path, device: str) -> dict[Key, Row]:
+    """The rows of a table that --json wrote, of the same kind of device."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no table {path}; store one with --json {path}.")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or set(Row._fields) - set((document.get("rows") or [{}])[0]):
+        raise ValueError(f"{path} holds no table of this script; store one with --json {path}.")
+    if document["device"] != device:
+        raise ValueError(
+            f"{path} was measured on {document['device']}, this is {device}, and their ratios do not compare; store "
+            "another table with --json."
         )
-    return "\n".join(lines)
+    rows = [Row(**row) for row in document["rows"]]
+    return {row.key: row for row in rows}
 
 
-PARTS: dict[str, Callable[[str], list[dict]]] = {
-    "steps": lambda device: steps(), "suppression": lambda device: suppression_steps(),
-    "aligndistil": aligndistil_steps, "fusion": lambda device: fusion_steps(), "jobs": whole_jobs,
-}  # fmt: skip
+def report_check(rows: list[Row], stored: dict[Key, Row], failures: list[str], path: Path) -> None:
+    found = {row.key for row in rows}
+    for key in sorted(found - set(stored)):
+        print("Not in the stored table: {}, against {}, vocabulary {:,}, batch {}.".format(*key))
+    for key in sorted(set(stored) - found):
+        print("Not measured: {}, against {}, vocabulary {:,}, batch {}.".format(*key))
+    for sentence in failures:
+        print(sentence)
+    both = len(found & set(stored))
+    print(f"{both} ratios compared with {path}: {len(failures)} worse by more than {100 * (MARGIN - 1):.0f} %.")
 
 
-def main() -> None:
-    global CLOCK, ROUNDS
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--fit", type=Path, metavar="CORPUS", help="a text file, one document a line")
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
-    parser.add_argument("--megabytes", type=float, default=100.0, help="how much of it, read again where it is less")
+def _one_row_a_line(document: dict[str, Any]) -> str:
+    rows = ",\n  ".join(map(json.dumps, document.get("rows", [])))
+    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
+    return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
+# --- the command ---
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 done, 2 wrong usage, 1 failed or worse than the stored table."""
+    args = _arguments(argv)
+    try:
+        return _run(args)
+    except Exception as error:
+        if args.debug:
+            raise
+        sentence, status = cli.explain(error)
+        print(f"speed: {sentence}", file=sys.stderr)
+        return status
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--vocabularies", nargs="+", type=common.positive, default=list(VOCABULARIES), metavar="V")
+    parser.add_argument("--batches", nargs="+", type=common.positive, default=list(BATCHES), metavar="ROWS")
+    parser.add_argument("--models", nargs="*", choices=LLAMA, default=list(LLAMA), help="for the forward pass")
+    parser.add_argument("--rounds", type=common.positive, default=60, help="at most, of each comparison (60)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="about, for each comparison (6)")
     parser.add_argument("--busy", action="store_true", help="one thread, and its CPU time instead of the clock's")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each comparison of steps")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    import torch
+    parser.add_argument("--json", type=Path, metavar="OUT", help="store the table")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    parser.add_argument("--check", type=Path, nargs="?", const=STORED, metavar="TABLE", help=f"default: {STORED.name}")
+    parser.add_argument("--fit", type=Path, metavar="CORPUS", help="a text file, one document a line")
+    parser.add_argument("--megabytes", type=float, default=100.0, help="how much of it, read again where it is less")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
 
-    ROUNDS = args.rounds
+
+def _run(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for and torch finds no CUDA device; use --device cpu.")
+    least, smallest = speed_cases.BUNDLED_VOCABULARY, min(args.vocabularies)
+    if smallest < least:
+        raise ValueError(f"--vocabularies must be at least {least}, that of the bundled prior; got {smallest}.")
     if args.busy:
-        CLOCK = time.process_time
         torch.set_num_threads(1)
-
-    from logitproc.artifact import write_text
-
+    stored = read_stored(args.check, args.device) if args.check else {}
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    cpu = platform.processor() or platform.machine()
     document: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "device": args.device, "clock": CLOCK.__name__, "date": time.strftime("%Y-%m-%d"),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "device": args.device,
+        "clock": "process_time" if args.busy else "perf_counter", "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in document.items()) + "\n")
+    failures: list[str] = []
     if args.fit:
         document["fit"] = fit(args.fit, args.megabytes)
         print("fit: " + ", ".join(f"{k} {v:,.2f}" for k, v in document["fit"].items()))
     else:
+        run = Run(args)
         with torch.inference_mode():
-            document["rows"] = [row for part in args.parts for row in PARTS[part](args.device)]
-        print(table(document["rows"]))
+            rows = list(run.rows())
+            failures = check(rows, stored, run.rows) if args.check else []
+        document |= {"left_out": run.left_out, "rows": [row._asdict() for row in rows]}
+        run.say("")
+        print(tables(rows))
+        for what, why in run.left_out.items():
+            print(f"\nLeft out: {what}, because {why}.")
+        if args.check:
+            print()
+            report_check(rows, stored, failures, args.check)
+        if args.plot:
+            plot(rows, args.plot)
     if args.json:
-        write_text(args.json, json.dumps(document, indent=1) + "\n")
+        write_text(args.json, _one_row_a_line(document))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

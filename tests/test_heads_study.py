@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ FILE = Path(__file__).parent.parent / "eval/heads.py"
 
 @pytest.fixture(scope="module")
 def study():
+    sys.path.insert(0, str(FILE.parent))
     spec = importlib.util.spec_from_file_location("heads_study", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.ADVERSARIAL, module.PROMPTS = 60, 2
-    module._scratch = torch.zeros(1, dtype=torch.uint8)
+    module._FLUSH = 1
     return module
 
 

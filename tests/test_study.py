@@ -1,4 +1,4 @@
-"""The verdicts of `eval/study.py` and the prior of `eval/speed.py`."""
+"""The verdicts of `eval/study.py`."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import speed  # noqa: E402
 import study  # noqa: E402
 
 
@@ -84,21 +83,3 @@ def test_the_control_curve_is_interpolated_between_temperatures():
     distance = study.curve_distance(cells(3.8, 6.0), [PLAIN, *CONTROLS])
     assert distance["mean"] == pytest.approx(-1.0, abs=0.05)
     assert distance["low"] < distance["mean"] < distance["high"]
-
-
-def test_a_prior_spread_over_a_larger_vocabulary_keeps_its_probabilities():
-    from logitproc import NGramPrior
-
-    small, large = NGramPrior.load("quixote"), speed.spread_prior(32_000)
-    new = np.sort(np.random.default_rng(0).choice(32_000, small.vocab_size, replace=False))
-    text = small.orders[0].ids[100:140]
-    # Only the uniform share of unseen mass differs: 1/31,999 for 1/8,191.
-    np.testing.assert_allclose(large.log_prob(new[text]), small.log_prob(text), atol=0.5)
-    for ours, theirs in zip(small.counts, large.counts, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_ratios_compare_calls_in_turns():
-    calls = []
-    result = speed.compare(lambda i: calls.append("a"), lambda i: calls.append("b"), rounds=3, calls=2)
-    assert "".join(calls[:8]) == "aabbaabb" and result["us"] > 0
