@@ -122,11 +122,11 @@ class Run:
             made = {name: make(x) for name, make in STEPS.items() if wanted((name, vocabulary, batch))}
             reads = {name: speed_cases.tensors_read(processors) for name, processors in made.items()}
             calls: dict[Any, Call] = {name: x.step(processors) for name, processors in made.items()}
-            for against, baseline in BASELINES.items():
-                calls |= {(against, n): baseline(x, n) for n in set(reads.values())}
+            calls |= {against: baseline(x) for against, baseline in BASELINES.items()}
+            calls |= {n: speed_cases.log_softmax(x, n) for n in set(reads.values())}
             times = self.watch.in_turns(calls, self.args.rounds, self.args.seconds)
             for name in made:
-                beside = {against: times[against, reads[name]] for against in BASELINES}
+                beside = {"log_softmax": times[reads[name]]} | {against: times[against] for against in BASELINES}
                 beside |= {f"{size} forward": forwards[size, vocabulary, batch] for size in LLAMA
                            if (size, vocabulary, batch) in forwards}  # fmt: skip
                 for against, theirs in beside.items():
@@ -300,7 +300,7 @@ def fit(corpus: Path, megabytes: float) -> dict[str, float]:
 # --- output ---
 
 
-def tables(rows: list[Row]) -> str:
+def tables(rows: list[Row], device: str) -> str:
     """Steps with a column for each baseline; all other comparisons one below the other; bounds."""
     found = []
     steps = [row for row in rows if row.part == "steps"]
@@ -326,7 +326,7 @@ def tables(rows: list[Row]) -> str:
     judged = [
         (worst.what, worst.against, f"{worst.vocabulary} x {worst.batch}", f"{worst.ratio:.3g}", f"{bound.ratio:.3g}",
          "ok" if worst.ratio <= bound.ratio else "MISSED")
-        for bound, worst in verdicts(rows)
+        for bound, worst in verdicts(rows, device)
     ]  # fmt: skip
     if judged:
         found.append(common.rows(("bound", "against", "worst at", "ratio", "at most", ""), judged))
@@ -339,9 +339,8 @@ def _ratio(row: Row | None) -> str:
     return f"{100 * row.ratio:.2f} %" if row.against.endswith("forward") else f"{row.ratio:.2f}"
 
 
-def verdicts(rows: list[Row], device: str = "") -> Iterator[tuple[Bound, Row]]:
-    """Each bound that was measured, with the worst of its rows."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def verdicts(rows: list[Row], device: str) -> Iterator[tuple[Bound, Row]]:
+    """Each bound of this device that was measured, with the worst of its rows."""
     for bound in BOUNDS:
         of_bound = [
             row for row in rows
@@ -353,8 +352,9 @@ def verdicts(rows: list[Row], device: str = "") -> Iterator[tuple[Bound, Row]]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Each step beside `log_softmax` and beside the forward pass of the smallest model that was measured."""
+    """Each step beside `log_softmax`, dashed the bound on a CPU, and beside the forward pass of the smallest model."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     steps = [row for row in rows if row.part == "steps"]
     forwards = [name for name in (f"{size} forward" for size in LLAMA) if any(row.against == name for row in steps)]
@@ -374,12 +374,14 @@ def plot(rows: list[Row], path: Path) -> None:
                       label=f"{vocabulary:,} x {batch}")  # fmt: skip
         axis.set(xscale="log", xlabel="times log_softmax of the scores that it reads" if scale == 1
                  else f"% of the {against}")  # fmt: skip
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.25)
     axes[0].axvline(3, color="0.4", lw=0.8, ls="--")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    axes[-1].legend(title="vocabulary x batch", fontsize=8, title_fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), title="vocabulary x batch", loc="outside right upper")
     figure.savefig(path)
 
 
@@ -423,19 +425,19 @@ def read_stored(path: Path, device: str) -> dict[Key, Row]:
     return {row.key: row for row in rows}
 
 
-def report_check(rows: list[Row], stored: dict[Key, Row], failures: list[str], path: Path) -> None:
-    found = {row.key for row in rows}
-    for key in sorted(found - set(stored)):
-        print("Not in the stored table: {}, against {}, vocabulary {:,}, batch {}.".format(*key))
-    for key in sorted(set(stored) - found):
-        print("Not measured: {}, against {}, vocabulary {:,}, batch {}.".format(*key))
-    for sentence in failures:
-        print(sentence)
-    both = len(found & set(stored))
-    print(f"{both} ratios compared with {path}: {len(failures)} worse by more than {100 * (MARGIN - 1):.0f} %.")
+def comparison(rows: list[Row], stored: dict[Key, Row], failures: list[str], path: Path) -> str:
+    """What --check prints: rows that one side lacks, failures, and how many were compared."""
+    found, lines = {row.key for row in rows}, list[str]()
+    for where, missing in (("the stored table", found - set(stored)), ("this run", set(stored) - found)):
+        for what, against, vocabulary, batch in sorted(missing):
+            lines.append(f"Not in {where}: {what} against {against}, vocabulary {vocabulary:,}, batch {batch}.")
+    both, bad = len(found & set(stored)), len(failures)
+    end = f"{both} ratios compared with {path}: {bad} worse by more than {100 * (MARGIN - 1):.0f} %."
+    return "\n".join([*lines, *failures, end])
 
 
-def _one_row_a_line(document: dict[str, Any]) -> str:
+def one_row_a_line(document: dict[str, Any]) -> str:
+    """JSON that a diff shows row by row."""
     rows = ",\n  ".join(map(json.dumps, document.get("rows", [])))
     head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
     return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
@@ -478,24 +480,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for and torch finds no CUDA device; use --device cpu.")
-    least, smallest = speed_cases.BUNDLED_VOCABULARY, min(args.vocabularies)
-    if smallest < least:
-        raise ValueError(f"--vocabularies must be at least {least}, that of the bundled prior; got {smallest}.")
-    if args.busy:
-        torch.set_num_threads(1)
+    _validate(args)
     stored = read_stored(args.check, args.device) if args.check else {}
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    cpu = platform.processor() or platform.machine()
-    document: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "device": args.device,
-        "clock": "process_time" if args.busy else "perf_counter", "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    document, failures = about(args), list[str]()
     print(", ".join(f"{key} {value}" for key, value in document.items()) + "\n")
-    failures: list[str] = []
     if args.fit:
         document["fit"] = fit(args.fit, args.megabytes)
         print("fit: " + ", ".join(f"{k} {v:,.2f}" for k, v in document["fit"].items()))
@@ -503,20 +491,42 @@ def _run(args: argparse.Namespace) -> int:
         run = Run(args)
         with torch.inference_mode():
             rows = list(run.rows())
-            failures = check(rows, stored, run.rows) if args.check else []
-        document |= {"left_out": run.left_out, "rows": [row._asdict() for row in rows]}
+            failures = check(rows, stored, run.rows)
         run.say("")
-        print(tables(rows))
+        print(tables(rows, args.device))
         for what, why in run.left_out.items():
             print(f"\nLeft out: {what}, because {why}.")
         if args.check:
-            print()
-            report_check(rows, stored, failures, args.check)
+            print("\n" + comparison(rows, stored, failures, args.check))
         if args.plot:
             plot(rows, args.plot)
+        document |= {"left_out": run.left_out, "rows": [row._asdict() for row in rows]}
     if args.json:
-        write_text(args.json, _one_row_a_line(document))
+        write_text(args.json, one_row_a_line(document))
     return 1 if failures else 0
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot be measured; and set what the whole process shares."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for and torch finds no CUDA device; use --device cpu.")
+    least, smallest = speed_cases.BUNDLED_VOCABULARY, min(args.vocabularies)
+    if smallest < least:
+        raise ValueError(f"--vocabularies must be at least {least}, that of the bundled prior; got {smallest}.")
+    if args.busy:
+        torch.set_num_threads(1)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and how the table is measured."""
+    cpu = platform.processor() or platform.machine()
+    return {
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "device": args.device,
+        "clock": "process_time" if args.busy else "perf_counter", "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

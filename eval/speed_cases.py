@@ -177,13 +177,16 @@ def tensors_read(processors: Sequence[Processor]) -> int:
     return sum(1 + len(processor.auxiliaries()) for processor in processors)
 
 
-# What every step is held against, given how many tensors of scores it reads.
-BASELINES: dict[str, Callable[[Inputs, int], Call]] = {
-    "copy": lambda x, n: lambda i: x.scores(i).clone(),
-    "log_softmax": lambda x, n: lambda i: [x.scores(i + k // 3, k % 3).log_softmax(-1) for k in range(n)],
-    "RepetitionPenalty": lambda x, n: _processor(x, RepetitionPenaltyLogitsProcessor(1.1)),
-    "NoRepeatNGram": lambda x, n: _processor(x, NoRepeatNGramLogitsProcessor(3)),
+# What every step is held against, beside `log_softmax` of all the scores that it reads.
+BASELINES: dict[str, Callable[[Inputs], Call]] = {
+    "copy": lambda x: lambda i: x.scores(i).clone(),
+    "RepetitionPenalty": lambda x: _processor(x, RepetitionPenaltyLogitsProcessor(1.1)),
+    "NoRepeatNGram": lambda x: _processor(x, NoRepeatNGramLogitsProcessor(3)),
 }
+
+
+def log_softmax(x: Inputs, tensors: int) -> Call:
+    return lambda i: [x.scores(i + k // 3, k % 3).log_softmax(-1) for k in range(tensors)]
 
 
 def _processor(x: Inputs, processor: Any) -> Call:

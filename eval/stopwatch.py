@@ -38,8 +38,8 @@ class Stopwatch:
         return (self.clock() - began) / count
 
     def in_turns(
-        self, calls: Mapping[str, Call], rounds: int, budget: float = 1e9, least: int = 5, shortest: float = 1e-3
-    ) -> dict[str, np.ndarray]:
+        self, calls: Mapping[Any, Call], rounds: int, budget: float = 1e9, least: int = 5, shortest: float = 1e-3
+    ) -> dict[Any, np.ndarray]:
         """Seconds of each call, [rounds]: in every round all take their turn, so that all see the same machine.
 
         Each is called twice before, to warm up, and in a turn as often as fills `shortest` seconds. Rounds end
@@ -49,7 +49,7 @@ class Stopwatch:
         for name, call in calls.items():
             self.seconds(call)
             counts[name] = int(min(50, max(1, shortest / max(self.seconds(call), 1e-9))))
-        times: dict[str, list[float]] = {name: [] for name in calls}
+        times: dict[Any, list[float]] = {name: [] for name in calls}
         began = time.perf_counter()
         for done in range(rounds):
             if done >= least and time.perf_counter() - began > budget:

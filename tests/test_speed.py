@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,10 @@ from stopwatch import Stopwatch  # noqa: E402
 
 SMALL = ["--device", "cpu", "--parts", "steps", "--vocabularies", "9000", "--batches", "2", "--models", "--debug"]
 COSTS = {"suppression ratio": 40.0, "ngram lift": 300.0}
-COSTS |= dict.fromkeys(speed_cases.BASELINES, 20.0)
+COSTS |= dict.fromkeys([*speed_cases.BASELINES, 1], 20.0)  # 1: `log_softmax` of one tensor
+
+
+AGAINST = ("log_softmax", *speed_cases.BASELINES, "1B forward")
 
 
 class Planted:
@@ -31,7 +33,7 @@ class Planted:
 
     def in_turns(self, calls, rounds, budget):
         self.measured.append([name for name in calls if name in speed.STEPS])
-        return {name: self.times(name if isinstance(name, str) else name[0]) for name in calls}
+        return {name: self.times(name) for name in calls}
 
     def times(self, name):
         spread = 1 + self.random.uniform(-self.noise, self.noise, 20)
@@ -98,13 +100,12 @@ def test_the_times_of_another_machine_do_not_matter(planted, stored):
 
 def test_rows_that_only_one_side_has_are_said(planted, stored, capsys):
     document = json.loads(stored.read_text())
-    document["rows"][0]["what"] = "a method of old"
+    gone, document["rows"][0]["what"] = document["rows"][0]["what"], "a method of old"
     stored.write_text(json.dumps(document))
     assert check(stored) == 0
     out = capsys.readouterr().out
-    assert "Not measured: a method of old, against copy, vocabulary 9,000, batch 2." in out
-    gone = {row["what"] for row in json.loads(stored.read_text())["rows"]}
-    assert f"Not in the stored table: {next(iter(set(COSTS) & gone))}, against copy" in out
+    assert "Not in this run: a method of old against log_softmax, vocabulary 9,000, batch 2." in out
+    assert f"Not in the stored table: {gone} against log_softmax, vocabulary 9,000, batch 2." in out
     assert "7 ratios compared" in out
 
 
@@ -143,7 +144,10 @@ def test_a_table_that_does_not_compare_is_refused_before_anything_is_measured(
 
 
 def test_the_stored_table_is_one_that_can_be_checked():
-    assert speed.read_stored(speed.STORED, "cpu")
+    if not speed.STORED.is_file():
+        pytest.skip("no table is stored")
+    rows = speed.read_stored(speed.STORED, "cpu").values()
+    assert {row.part for row in rows} == set(speed.PARTS)
 
 
 # --- the table ---
@@ -160,7 +164,7 @@ def test_bounds_are_judged_by_their_worst_row_and_printed(planted, capsys, tmp_p
 
 
 def test_every_bound_is_of_something_that_is_timed():
-    timed = {(name, against) for name in speed_cases.STEPS for against in (*speed_cases.BASELINES, "1B forward")}
+    timed = {(name, against) for name in speed_cases.STEPS for against in AGAINST}
     timed |= {(pair.what, pair.against) for pair in speed_cases.PAIRS}
     timed |= {(what, "dense head") for what in speed.HEADS.values()}
     assert {(bound.what, bound.against) for bound in speed_cases.BOUNDS} <= timed
@@ -197,7 +201,7 @@ def test_log_softmax_is_that_of_all_scores_that_a_step_reads(inputs):
     reads = {name: speed_cases.tensors_read(make(inputs)) for name, make in speed_cases.STEPS.items()}
     assert (reads["ngram default"], reads["aligndistil adaptive"], reads["fusion mixture"]) == (1, 2, 3)
     assert reads["chain of all"] == 1 + 1 + 2 + 3 + 1
-    assert len(speed_cases.BASELINES["log_softmax"](inputs, 3)(0)) == 3
+    assert len(speed_cases.log_softmax(inputs, 3)(0)) == 3
 
 
 def test_look_ups_of_the_inputs_find_something(inputs):
@@ -253,17 +257,19 @@ def test_in_turns_all_see_the_same_machine_and_other_buffers():
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3} and min(map(min, times.values())) > 0
 
 
-def test_a_quick_call_is_repeated_and_a_slow_one_ends_the_rounds_early():
-    watch, counts = Stopwatch(), {"quick": 0, "slow": 0}
+def test_a_quick_call_is_repeated_and_the_budget_ends_the_rounds_early():
+    watch, now, counts = Stopwatch(), 0.0, {"quick": 0, "slow": 0}
+    watch.clock = lambda: now
 
     def call(name, seconds):
+        nonlocal now
+        now += seconds
         counts[name] += 1
-        time.sleep(seconds)
 
-    calls = {"quick": lambda i: call("quick", 0.0), "slow": lambda i: call("slow", 0.01)}
+    calls = {"quick": lambda i: call("quick", 1e-4), "slow": lambda i: call("slow", 0.01)}
     times = watch.in_turns(calls, rounds=1000, budget=0.0, least=2)
-    assert len(times["slow"]) == 2 and counts["slow"] == 4 and counts["quick"] > 6
-    assert np.median(times["slow"]) > 0.009
+    assert counts == {"quick": 2 + 2 * 10, "slow": 2 + 2}, "a turn lasts a millisecond or one call"
+    assert times["quick"] == pytest.approx([1e-4] * 2) and times["slow"] == pytest.approx([0.01] * 2)
 
 
 def test_on_cuda_events_enclose_the_calls_and_the_host_waits_before_and_after_only(monkeypatch):
