@@ -321,12 +321,12 @@ def _in_large_pages(tensor: Tensor) -> Tensor:
 
 
 def _bare(weight: Tensor, size: int) -> Callable[[Tensor], Any]:
-    """A call that does nothing but read `size` bytes."""
+    """A call that does nothing but read `size` bytes; on a GPU, and without a compiler, a sum."""
     held = _in_large_pages(weight.flatten().view(torch.uint8)[:size])
-    if held.device.type != "cpu":
+    reader = native.load(Path(__file__).with_name("read.cpp")) if held.device.type == "cpu" else None
+    if reader is None:
         words = held[: size // 8 * 8].view(torch.int64)
         return lambda hidden: words.sum()
-    reader = native.load(Path(__file__).with_name("read.cpp"))
     arguments = (ctypes.c_void_p(held.data_ptr()), *map(ctypes.c_int64, (held.nbytes, torch.get_num_threads())))
     return lambda hidden: (held, reader.read_bytes(*arguments))
 
