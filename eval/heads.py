@@ -60,7 +60,7 @@ from logitproc.ops import native
 
 SHAPES = {
     "llama-3-8b": (128_256, 4096), "qwen2.5-0.5b": (151_936, 896), "tinyllama": (32_000, 2048),
-    "gemma-2-2b": (256_000, 2304), "base widened": (131_072, 256),
+    "gemma-2-2b": (256_000, 2304), "base widened": (131_072, 256), "largest": (256_000, 8192),
 }  # fmt: skip
 KIND_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("paper", {}), "distilled paper": ("distilled", {"start": "paper"}), "weighted": ("weighted", {}),
@@ -110,10 +110,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         if run is timing:
             study.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
         if run in (timing, fitting):
-            study.add_argument("--shapes", nargs="+", default=list(SHAPES))
+            study.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:5])
             study.add_argument("--codes", type=int, nargs="+", default=[4096])
             study.add_argument("--heads", nargs="+", default=["weighted", "int8", "int4", "exact_int8", "exact_nested"])
             study.add_argument("--tops", type=float, nargs="+", default=[0, 5, 6, 7, 8, 9, 10], metavar="A")
+            study.add_argument("--states", type=int, default=8192)
             study.add_argument("--batches", type=int, nargs="+", default=[1, 8])
             continue
         study.add_argument("--model", default="base")
@@ -252,20 +253,23 @@ def timing(args: argparse.Namespace) -> list[Row]:
 
 
 def fitting(args: argparse.Namespace) -> list[Row]:
-    """Seconds of `VQHead.fit`, from 8,192 random states that are given, and the most memory it took."""
+    """Seconds of `VQHead.fit`, from `--states` random states that are given, and the most memory it took."""
     import resource
 
     rows: list[Row] = []
     for shape in args.shapes:
         weight, random = _random_weight(*SHAPES[shape])
-        states = _states(weight, random, 8192, 8.0)
-        labels = torch.randint(0, len(weight), (8192,), generator=random)
+        states = _states(weight, random, args.states, 8.0)
+        labels = torch.randint(0, len(weight), (args.states,), generator=random)
         reading = Calibration(weight, None, states, labels, {"vocab_size": len(weight)})
         for codes in args.codes:
             began = time.perf_counter()
             VQHead.fit(_Stub(weight), reading, codes=codes, report=lambda progress: print(*progress, file=sys.stderr))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            rows.append({"shape": shape, "codes": codes, "seconds": time.perf_counter() - began, "peak_gb": peak})
+            rows.append({
+                "shape": shape, "codes": codes, "states": args.states, "seconds": time.perf_counter() - began,
+                "peak_gb": peak,
+            })  # fmt: skip
     return rows
 
 

@@ -43,6 +43,7 @@ DEMO = (  # a row of the demo each, all on the host `base`
     "ngram:prior=quixote,strength=1.0",
     "aligndistil:dpo=mini-dpo,reverse=mini-reverse-dpo",
     "fusion:expert=mini-dpo,base=mini",
+    "vq:head=base-vq",
 )
 DEMO_JUDGE = "quixote-held-out"  # counts of text that no steering prior has seen
 DEMO_PROMPTS = (

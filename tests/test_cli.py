@@ -20,6 +20,7 @@ from transformers.utils import logging
 import logitproc as lp
 from logitproc import bundled, cli, companion, generation, registry
 from logitproc.artifact import describe_tokenizer
+from logitproc.heads import KINDS
 
 TEXT = "the knight rode down the road and the road was long and the knight was old\n" * 3
 PROMPTS = ["the old knight", "the road was", "and"]
@@ -27,7 +28,7 @@ PROMPTS = ["the old knight", "the road was", "and"]
 
 @pytest.fixture(scope="session")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the package bundles, in small: the models and the priors of the demo."""
+    """What the package bundles, in small: the models, the priors and the head of the demo."""
     folder = tmp_path_factory.mktemp("pocket")
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     # As sentencepiece does: a word begins with its space, which decoding drops at the start of a text.
@@ -52,6 +53,9 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prior = lp.NGramPrior.from_ids(tokenizer(TEXT.splitlines())["input_ids"], 3, len(tokenizer), eos=2)
         prior.tokenizer = describe_tokenizer(tokenizer)
         prior.save(folder / name)
+    head = KINDS["paper"].build(torch.randn(20, 16), torch.arange(width) % 20)
+    head.token_weights, head.tokenizer = torch.ones(width), describe_tokenizer(tokenizer)
+    head.save(folder / "base-vq")
     return folder
 
 

@@ -484,13 +484,12 @@ def partition(problem: Problem, share: float, points: Callable[[Tensor], Tensor]
 
 
 def whiten(rows: Tensor, root: Tensor, centre: Tensor | None = None) -> Tensor:
-    """(rows - centre) L, in float32, or in bfloat16 where there are very many: distances are errors of logits."""
+    """(rows - centre) L: distances are errors of logits. In float32, or in bfloat16 where there are very many."""
     dtype = torch.float32 if rows.numel() <= _POINTS else torch.bfloat16
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    exact = root.float()
+    root = root.to(dtype)
     for block, into in zip(rows.split(4096), out.split(4096), strict=True):
-        block = block.float() if centre is None else (block.double() - centre).float()
-        into.copy_(block @ exact)
+        torch.mm(block.to(dtype) if centre is None else (block.double() - centre).to(dtype), root, out=into)
     return out
 
 

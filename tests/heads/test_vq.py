@@ -14,6 +14,7 @@ from logitproc.heads import (
     Statistics,
     VQHead,
     evaluate,
+    vq,
 )  # fmt: skip
 from logitproc.heads.clustering import kmeans, means
 from logitproc.heads.vq import Problem, distil, matched_bias, posterior_loss
@@ -91,6 +92,14 @@ def test_whitening_with_equal_variances_and_weights_is_euclidean_kmeans():
     generator = lambda: torch.Generator().manual_seed(0)
     plain = kmeans(weight, torch.ones(V), 9, generator())
     assert torch.equal(kmeans(weight @ torch.eye(D), torch.full((V,), 0.5), 9, generator()), plain)
+
+
+def test_rows_held_in_half_precision_are_clustered_as_well(cal, heads, monkeypatch):
+    monkeypatch.setattr(vq, "_POINTS", 0)
+    rough = fit(cal, "weighted")
+    exact = vq.whiten(cal.weight.float(), cal.statistics.root.float())
+    assert exact.dtype is torch.bfloat16
+    assert rough.about["held_out"]["kl"] < 1.2 * heads["weighted"].about["held_out"]["kl"]
 
 
 # --- reductions ---
