@@ -1,8 +1,12 @@
-"""The device that is not there notices what would make a host wait, and nothing else."""
+"""The device that is not there notices what would make a host wait, and nothing else; a chain of all methods there."""
 
 import pytest
+import test_contract as contract
 import torch
-from elsewhere import DEVICE, Device, There, Waits
+from conftest import WIDTH
+from elsewhere import DEVICE, Device, There, Waits, moved
+
+import logitproc as lp
 
 HERE = torch.tensor([[3.0, -1.0, 2.0], [0.5, 4.0, -2.0]])
 WAITS = {
@@ -54,3 +58,16 @@ def test_what_does_not_wait_runs_there_and_gives_the_same(name):
         found = RUNS[name](x)
     assert isinstance(found, There) and found.device.type == "meta"
     assert torch.equal(found.here, RUNS[name](HERE))
+
+
+def test_a_chain_of_every_method_gives_the_same_there_and_never_waits(monkeypatch):
+    for module in ("companion", "evidence"):
+        monkeypatch.setattr(f"logitproc.{module}.read_later", lambda bit: lambda: bool(bit.here))
+    given = contract.texts_that_grow()
+    with Device():
+        made = contract.moves(lp.Chain([lp.get(name).example(WIDTH) for name in lp.names()]), moved)
+        there = contract.sampled(made, *(part.to(DEVICE) for part in given), lambda: Device(strict=True))
+    monkeypatch.undo()
+    here = contract.sampled(lp.Chain([lp.get(name).example(WIDTH) for name in lp.names()]), *given)
+    for found, expected in zip(there, here, strict=True):
+        torch.testing.assert_close(found.here, expected, rtol=1e-3, atol=1e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from elsewhere import DEVICE, Device
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 import speed  # noqa: E402
@@ -195,6 +196,19 @@ def test_every_step_runs_on_its_inputs_and_changes_the_scores(inputs, name):
     assert torch.equal(out, call(0)), "buffers rotate, and nothing is remembered"
     assert not torch.equal(out.log_softmax(-1), inputs.scores(0).log_softmax(-1))
     assert not torch.equal(inputs.scores(0), inputs.scores(1))
+
+
+def test_on_another_device_nothing_that_is_timed_comes_from_the_host(monkeypatch):
+    monkeypatch.setitem(speed_cases._BUFFERED, DEVICE.type, 1 << 20)
+    with Device():
+        x = speed_cases.Inputs(9000, 2, DEVICE.type)
+        for name, make in speed_cases.STEPS.items():
+            call = x.step(make(x))
+            call(0)
+            with Device(strict=True):
+                assert call(1).device == DEVICE, name
+        for baseline in speed_cases.BASELINES.values():
+            assert baseline(x)(0).device == DEVICE
 
 
 def test_log_softmax_is_that_of_all_scores_that_a_step_reads(inputs):
