@@ -35,10 +35,12 @@ from typing import Any, NamedTuple
 
 import common
 import numpy as np
-import psutil
 import speed_cases
+import speed_models
 import torch
-from speed_cases import BASELINES, BATCHES, BOUNDS, LENGTH, PAIRS, STEPS, VOCABULARIES, Bound, Inputs
+from speed_cases import BASELINES, BATCHES, BOUNDS, PAIRS, STEPS, VOCABULARIES, Bound, Inputs
+from speed_fit import fit
+from speed_models import LLAMA
 from stopwatch import Call, Stopwatch
 from transformers.utils import logging
 
@@ -49,10 +51,6 @@ STORED = Path(__file__).parent / "results" / "speed.json"
 PARTS = ("steps", "calls", "jobs", "heads")
 MARGIN = 1.3  # of --check
 ATTEMPTS = 3
-LLAMA = {  # hidden, intermediate, layers, heads, key-value heads, tied head
-    "1B": (2048, 8192, 16, 32, 8, True),
-    "8B": (4096, 14_336, 32, 32, 8, False),
-}
 HEAD_SHAPES = {"cpu": ("qwen2.5-0.5b",), "cuda": ("llama-3-8b", "qwen2.5-0.5b")}
 HEADS = {"weighted": "head weighted K=1024", "int8": "head int8", "exact_nested": "head exact_nested"}
 
@@ -136,16 +134,17 @@ class Run:
         """Median seconds of the bare forward pass of one token a row, by model, vocabulary and batch."""
         found = {}
         for name in self.args.models if sizes else ():
-            need, free = llama_bytes(name, max(v for v, _ in sizes)), free_memory(self.args.device)
+            widest = max(vocabulary for vocabulary, _ in sizes)
+            need, free = speed_models.size(name, widest), speed_models.free_memory(self.args.device)
             if need > free / 2:
                 self.left_out[f"{name} forward"] = (
                     f"its weights take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
                 )
                 continue
             self.say(f"the forward pass of {name}")
-            model = llama(name, max(v for v, _ in sizes), self.args.device)
+            model = speed_models.made(name, widest, self.args.device)
             for vocabulary, batch in sizes:
-                call = one_token(model, vocabulary, batch)
+                call = speed_models.one_token(model, vocabulary, batch)
                 times = self.watch.in_turns({"forward": call}, self.args.rounds, self.args.seconds / 4, least=3)
                 found[name, vocabulary, batch] = float(np.median(times["forward"]))
         return found
@@ -183,118 +182,6 @@ class Run:
     def say(self, what: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{what}", end="\r", file=sys.stderr)
-
-
-# --- models as large as those that chains are for ---
-
-
-def empty_llama(name: str, vocabulary: int) -> Any:
-    """A Llama of that shape in bfloat16, without its weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, layers, heads, kv_heads, tied = LLAMA[name]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied, max_position_embeddings=8192,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
-
-
-def llama_bytes(name: str, vocabulary: int) -> int:
-    return sum(p.nbytes for p in empty_llama(name, vocabulary).parameters())
-
-
-def llama(name: str, vocabulary: int, device: str) -> Any:
-    """Its random weights are one block again and again, which is made fast."""
-    model = empty_llama(name, vocabulary).to_empty(device=device)
-    model.tie_weights()
-    block = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(device, torch.bfloat16)
-    for parameter in model.parameters():
-        for part in parameter.data.view(-1).split(len(block)):
-            part.copy_(block[: len(part)])
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # its buffers are no parameters
-    return model
-
-
-def one_token(model: Any, vocabulary: int, batch: int) -> Call:
-    """A forward pass of one token a row after LENGTH others, with so many rows of the output head."""
-    from transformers import DynamicCache
-
-    config, device = model.config, model.device
-    head = torch.nn.Linear(1, 1, bias=False)
-    head.weight = torch.nn.Parameter(model.get_output_embeddings().weight[:vocabulary], requires_grad=False)
-    cache, size = DynamicCache(), config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
-        keys, values = torch.randn(2, batch, config.num_key_value_heads, LENGTH, size, device=device).bfloat16()
-        cache.update(keys, values, layer)
-    ids = torch.arange(batch, device=device)[:, None]
-
-    def call(i: int) -> torch.Tensor:
-        hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True)[0]
-        cache.crop(-1)
-        return head(hidden[:, -1])
-
-    return call
-
-
-def free_memory(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-
-
-# --- counting a corpus ---
-
-
-def documents_of(corpus: Path, megabytes: float) -> Iterator[str]:
-    """The lines of a file, again and again until so many megabytes are read: in pass r > 0 the second half of
-    each line is that of another line, r * 1,000 lines before, so that text goes on bringing new n-grams."""
-    from collections import deque
-
-    size, passes = 0, 0
-    while True:
-        ends: deque[str] = deque(maxlen=1000 * passes or 1)
-        with corpus.open(encoding="utf-8") as file:
-            for line in file:
-                half = line.find(" ", len(line) // 2) + 1
-                text = line[:half] + ends[0] if passes and ends else line
-                ends.append(line[half:])
-                size += len(text.encode())
-                yield text
-                if size >= megabytes * 1e6:
-                    return
-        passes += 1
-
-
-def fit(corpus: Path, megabytes: float) -> dict[str, float]:
-    """Count a corpus at order 3 with the bundled tokenizer: seconds, tokens a second, peak memory.
-
-    `counted` is the peak until the prior is on the disk; the rest is that of reading it, which holds all of it.
-    """
-    import resource
-    import tempfile
-
-    from transformers import AutoTokenizer
-
-    from logitproc import NGramPrior, bundled
-
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-    class Unread(NGramPrior):
-        @classmethod
-        def load(cls, folder: Any, base: Any = None) -> Any:
-            return peak()
-
-    tokenizer, before = AutoTokenizer.from_pretrained(bundled.pocket("base")), peak()
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        counted = Unread.fit(documents_of(corpus, megabytes), tokenizer, order=3, out=f"{folder}/prior")
-        on_disk = time.perf_counter() - start
-        prior = NGramPrior.load(f"{folder}/prior")
-        seconds = time.perf_counter() - start
-    return {"megabytes": megabytes, "tokens": prior.tokens, "n_grams": sum(len(o.ids) for o in prior.orders),
-            "seconds": seconds, "seconds_to_disk": on_disk, "tokens_per_second": prior.tokens / seconds,
-            "gigabytes_before": before, "gigabytes_counted": counted, "gigabytes_read": peak()}  # fmt: skip
 
 
 # --- output ---

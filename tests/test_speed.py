@@ -12,6 +12,7 @@ from elsewhere import DEVICE, Device
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 import speed  # noqa: E402
 import speed_cases  # noqa: E402
+import speed_models  # noqa: E402
 from stopwatch import Stopwatch  # noqa: E402
 
 SMALL = ["--device", "cpu", "--parts", "steps", "--vocabularies", "9000", "--batches", "2", "--models", "--debug"]
@@ -172,7 +173,7 @@ def test_every_bound_is_of_something_that_is_timed():
 
 
 def test_a_model_that_does_not_fit_is_left_out_with_the_reason(planted, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(speed_models, "free_memory", lambda device: 1 << 30)
     assert speed.main([part for part in SMALL if part != "--models"]) == 0
     out = capsys.readouterr().out
     assert "Left out: 8B forward, because its weights take 13." in out and "1.0 GiB are free" in out
@@ -247,14 +248,14 @@ def test_a_prior_spread_over_a_larger_vocabulary_keeps_its_probabilities():
 
 
 def test_the_forward_pass_reads_one_token_after_the_same_text_and_as_much_head_as_asked(monkeypatch):
-    monkeypatch.setitem(speed.LLAMA, "tiny", (64, 96, 2, 4, 2, True))
-    model = speed.llama("tiny", 500, "cpu")
-    assert speed.llama_bytes("tiny", 500) == sum(p.nbytes for p in model.parameters())
+    monkeypatch.setitem(speed_models.LLAMA, "tiny", (64, 96, 2, 4, 2, True))
+    model = speed_models.made("tiny", 500, "cpu")
+    assert speed_models.size("tiny", 500) == sum(p.nbytes for p in model.parameters())
     assert all(p.std() > 0 and p.isfinite().all() for p in model.parameters())
     seen = []
     hook = lambda module, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length())
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
-    call = speed.one_token(model, 300, 2)
+    call = speed_models.one_token(model, 300, 2)
     with torch.inference_mode():
         shapes = [call(i).shape for i in range(3)]
     assert shapes == [(2, 300)] * 3 and seen == [speed_cases.LENGTH] * 3
