@@ -1,7 +1,12 @@
 """Tiny random models and a tokenizer for all tests: an odd vocabulary, nothing downloaded."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; triton reads it when it is imported
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -186,7 +186,7 @@ class PhraseIndex:
 def lower_phrases(scores: Tensor, tokens: Tensor, generated: Tensor, index: PhraseIndex, nats: Tensor) -> Tensor:
     """scores [rows, width] less, for each token, nats[L - length] of its longest match L, in a new tensor.
 
-    tokens int64 [rows, longest], oldest first; generated int64 [rows]; nats [longest - length + 1].
+    tokens int64 [rows, longest], oldest first; generated int64 [rows]; nats [longest - length + 1], ascending.
     """
     key = index.hashes(tokens, generated)
     found = torch.searchsorted(index.keys, key)
@@ -197,9 +197,9 @@ def lower_phrases(scores: Tensor, tokens: Tensor, generated: Tensor, index: Phra
         reach = reach[: int(count.max())]
     inside = reach < count
     ids = index.ids[torch.where(inside, start + reach, len(index.ids) - 1)]
-    # What follows n + 1 symbols also follows the last n of them, so each length adds the difference.
-    steps = nats.diff(prepend=nats.new_zeros(1))[:, None]
-    return scores.scatter_add(1, ids.flatten(1), torch.where(inside, -steps, 0.0).to(scores.dtype).flatten(1))
+    lower = torch.where(inside, nats.to(scores.dtype)[:, None], 0.0).flatten(1)
+    ids = ids.flatten(1)
+    return scores.scatter_reduce(1, ids, scores.gather(1, ids) - lower, "amin")
 
 
 def _line_up(

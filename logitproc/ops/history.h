@@ -293,8 +293,9 @@ void lower_phrases(const float* scores, const int64_t* tokens, const int64_t* ge
                    int64_t longest, int64_t anchor, float* out, int64_t columns, int64_t rows, int64_t width,
                    int64_t threads) {
   for_rows(rows, width, threads, [=](int64_t row) {
+    const float* x = scores + row * width;
     float* y = out + row * width;
-    std::copy(scores + row * width, scores + (row + 1) * width, y);
+    std::copy(x, x + width, y);
     const int64_t* end = tokens + (row + 1) * columns;
     uint64_t hash = 0;
     for (int64_t n = 1; n <= longest; ++n) {  // the last n symbols of the text
@@ -307,10 +308,8 @@ void lower_phrases(const float* scores, const int64_t* tokens, const int64_t* ge
       const int64_t key = static_cast<int64_t>(hash);
       const int64_t* at = std::lower_bound(keys, keys + contexts, key);
       if (*at != key) continue;
-      // What follows n symbols also follows the last n - 1 of them, so each length takes the difference.
-      const float more = nats[n - length] - (n > length ? nats[n - length - 1] : 0.0f);
       const int64_t* context = span + 2 * (at - keys);
-      for (int64_t i = context[0]; i < context[0] + context[1]; ++i) y[ids[i]] -= more;
+      for (int64_t i = context[0]; i < context[0] + context[1]; ++i) y[ids[i]] = x[ids[i]] - nats[n - length];
     }
   });
 }

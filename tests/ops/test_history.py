@@ -1,6 +1,7 @@
 """Kernels that read the tokens so far: each against its definition in plain torch, in float64 and float32."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,29 @@ from logitproc.methods.suppression import PhraseIndex, lower_phrases
 from logitproc.ops import cpu
 
 INF = math.inf
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")),
+        pytest.param("interpreter", marks=pytest.mark.skipif(CUDA, reason="there is a CUDA device")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
+    ]
+)
+def kernels(request):
+    """Kernels of one backend, and `device`, where their tensors are."""
+    if request.param == "cpu":
+        module = cpu
+    else:
+        pytest.importorskip("triton", reason="the package triton is not installed")
+        from logitproc.ops import triton as module
+    device = torch.device("cuda" if request.param == "cuda" else "cpu")
+    with ops.backend("cpu" if request.param == "cpu" else "triton"):
+        yield SimpleNamespace(
+            device=device, interpreted=request.param == "interpreter",
+            add_ngrams=module.add_ngrams, loop_guard=module.loop_guard, lower_phrases=module.lower_phrases,
+        )  # fmt: skip
 
 
 def a_prior(seed, vocabulary, order=3):
@@ -53,46 +76,60 @@ def error(found, exact):
     return (found.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
 
 
-@pytest.mark.parametrize("vocabulary, width, rows", [(1, 1, 1), (2, 7, 3), (50, 64, 5), (7001, 7919, 3)])
+def placed(device, *values):
+    return [value.to(device) for value in values]
+
+
+@pytest.mark.parametrize(
+    "vocabulary, width, rows, order",
+    [(1, 1, 1, 1), (2, 7, 3, 3), (50, 64, 4, 5), (1500, 2100, 2, 3), (7001, 7919, 3, 5)],
+)
 @pytest.mark.parametrize("rule", RULES)
-def test_ngrams_are_as_close_to_float64_as_plain_torch(rule, vocabulary, width, rows):
-    rule, made, options = RULES[rule]
+def test_ngrams_are_as_close_to_float64_as_plain_torch(rule, vocabulary, width, rows, order, kernels):
+    if kernels.interpreted and vocabulary > 5000:
+        pytest.skip("the interpreter is slow")
+    name, made, options = RULES[rule]
     made = {key: tuple(i for i in value if i < vocabulary) if key == "exempt" else value for key, value in made.items()}
-    for order in (1, 3, 5):
-        scores, tokens, ngrams = case(rule, vocabulary, width, rows, order, **made)
-        factor = torch.rand(rows, 1) if order == 3 else None
-        kept = scores.clone()
-        found = ops.add_ngrams(scores, tokens, ngrams, factor, **options)
-        assert torch.equal(scores, kept)
-        exact = ops.add_ngrams(scores.double(), tokens, ngrams, factor, **options)
-        with ops.backend("reference"):
-            plain = ops.add_ngrams(scores, tokens, ngrams, factor, **options)
-        assert error(found, exact) <= error(plain, exact) + 1e-5
+    scores, tokens, ngrams = placed(kernels.device, *case(name, vocabulary, width, rows, order, **made))
+    factor = torch.rand(rows, 1, device=kernels.device) if order == 3 else None
+    kept = scores.clone()
+    found = kernels.add_ngrams(scores, tokens, ngrams, factor, **options)
+    if rule == "clip":
+        assert found is NotImplemented
+        return
+    assert torch.equal(scores, kept)
+    exact = ops.add_ngrams(scores.double(), tokens, ngrams, factor, **options)
+    with ops.backend("reference"):
+        plain = ops.add_ngrams(scores, tokens, ngrams, factor, **options)
+    assert error(found, exact) <= error(plain, exact) + 1e-5
+    unbiased = torch.nn.functional.pad(~ngrams.allowed, (0, width - vocabulary), value=True)
+    assert torch.equal(found[:, unbiased], scores[:, unbiased])
 
 
 @pytest.mark.parametrize("options", [{}, {"centred": True}, {"plausibility": 0.1}, {"plausibility": 0.1, "drop": True}])
-def test_a_row_without_a_finite_score_stays_as_it_is(options):
-    scores, tokens, ngrams = case("backoff", 50, 64, 3)
+def test_a_row_without_a_finite_score_stays_as_it_is(options, kernels):
+    scores, tokens, ngrams = placed(kernels.device, *case("backoff", 50, 64, 3))
     scores[1] = -INF
     scores[2, 1:] = -INF  # nothing but an exempt token
-    out = ops.add_ngrams(scores, tokens, ngrams, **options)
+    out = kernels.add_ngrams(scores, tokens, ngrams, **options)
     assert torch.equal(out[1:], scores[1:])
 
 
-def test_where_everything_or_nothing_is_exempt():
-    for exempt in (range(50), (), range(0, 50, 2)):
-        scores, tokens, ngrams = case("backoff", 50, 50, 4, exempt=tuple(exempt))
-        for options in ({"centred": True}, {"plausibility": 0.1, "drop": True}):
-            found = ops.add_ngrams(scores, tokens, ngrams, **options)
-            exact = ops.add_ngrams(scores.double(), tokens, ngrams, **options)
-            assert error(found, exact) < 1e-5
-            assert torch.equal(found[:, list(exempt)], scores[:, list(exempt)])
+@pytest.mark.parametrize("exempt", [range(50), (), range(0, 50, 2)])
+def test_where_everything_or_nothing_is_exempt(exempt, kernels):
+    scores, tokens, ngrams = placed(kernels.device, *case("backoff", 50, 50, 2, exempt=tuple(exempt)))
+    for options in ({"centred": True}, {"plausibility": 0.1, "drop": True}):
+        found = kernels.add_ngrams(scores, tokens, ngrams, **options)
+        assert error(found, ops.add_ngrams(scores.double(), tokens, ngrams, **options)) < 1e-5
+        assert torch.equal(found[:, list(exempt)], scores[:, list(exempt)])
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(rule):
-    rule, made, options = RULES[rule]
-    scores, tokens, ngrams = case(rule, 40_000, 50_000, 9, **made)
+def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(rule, kernels):
+    if kernels.interpreted:
+        pytest.skip("the interpreter is slow")
+    name, made, options = RULES[rule]
+    scores, tokens, ngrams = placed(kernels.device, *case(name, 40_000, 50_000, 9, **made))
     call = lambda part: ops.add_ngrams(scores[part], tokens[part], ngrams, **options)
     together = call(slice(None))
     assert torch.equal(together, torch.cat([call(slice(i, i + 1)) for i in range(9)]))
@@ -104,12 +141,26 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(rule):
         torch.set_num_threads(threads)
 
 
-def test_strided_scores_and_tokens_are_read_as_they_stand():
-    scores, tokens, ngrams = case("backoff", 50, 128, 4)
-    expected = ops.add_ngrams(scores[:, ::2].contiguous(), tokens, ngrams, centred=True)
-    for history in (tokens[:, 3:], tokens.T.contiguous().T):
-        assert torch.equal(ops.add_ngrams(scores[:, ::2], history, ngrams, centred=True), expected)
-    assert ops.add_ngrams(scores[:0], tokens[:0], ngrams).shape == (0, 128)
+def test_strided_scores_and_tokens_are_read_as_they_stand(kernels):
+    scores, tokens, ngrams = placed(kernels.device, *case("backoff", 50, 128, 2))
+    for part in (scores[:, ::2], scores[:, :64]):
+        expected = kernels.add_ngrams(part.contiguous(), tokens, ngrams, centred=True)
+        for history in (tokens[:, 3:], tokens.T.contiguous().T):
+            assert torch.equal(kernels.add_ngrams(part, history, ngrams, centred=True), expected)
+    assert kernels.add_ngrams(scores[:0], tokens[:0], ngrams).shape == (0, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_more_scores_than_an_int32_counts():
+    width = 151_936
+    scores, tokens, ngrams = placed(torch.device("cuda"), *case("backoff", width, width, 2))
+    rows = 2**31 // width + 2
+    many = scores.repeat(rows // 2 + 1, 1)[:rows]
+    history = tokens.repeat(rows // 2 + 1, 1)[:rows]
+    for options in ({}, {"centred": True}, {"plausibility": 0.1}):
+        found = ops.add_ngrams(many, history, ngrams, **options)
+        assert torch.equal(found[-2:].sort(0).values, ops.add_ngrams(scores, tokens, ngrams, **options).sort(0).values)
 
 
 def test_ids_outside_the_vocabulary_are_refused_where_a_table_is_made():
@@ -137,27 +188,32 @@ def loop_case(rows=6, columns=60, width=11, seed=0):
     return scores, tokens, generated
 
 
-@pytest.mark.parametrize("columns", [0, 1, 2, 3, 60, 300])
-@pytest.mark.parametrize("options", [DRY, (3.0, 1.1, 1, 3.0), (1e-3, 1.01, 3, 1.0)])
-def test_the_loop_guard_is_that_of_plain_torch(columns, options):
-    scores, tokens, generated = loop_case(columns=columns)
+@pytest.mark.parametrize("columns", [2, 3, 60, 300])
+@pytest.mark.parametrize("options", [DRY, (3.0, 1.1, 1, 3.0), (0.1, 1.2, 3, 1.0)])
+def test_the_loop_guard_is_that_of_plain_torch(columns, options, kernels):
+    scores, tokens, generated = placed(kernels.device, *loop_case(columns=columns))
     kept = scores.clone()
-    found = ops.loop_guard(scores, tokens, generated, *options)
+    found = kernels.loop_guard(scores, tokens, generated, *options)
     assert torch.equal(scores, kept)
     with ops.backend("reference"):
         torch.testing.assert_close(found, ops.loop_guard(scores, tokens, generated, *options))
     assert columns < 60 or not torch.equal(found, scores)
 
 
-def test_the_loop_guard_in_place_writes_where_it_reads():
-    scores, tokens, generated = loop_case()
-    expected = ops.loop_guard(scores, tokens, generated, *DRY)
-    for backend in ("auto", "reference"):
+@pytest.mark.parametrize("columns", [0, 1])
+def test_the_loop_guard_asks_for_two_tokens(columns):
+    scores, tokens, generated = loop_case(columns=columns)
+    assert ops.loop_guard(scores, tokens, generated, *DRY) is scores
+
+
+def test_the_loop_guard_in_place_writes_where_it_reads(kernels):
+    scores, tokens, generated = placed(kernels.device, *loop_case())
+    expected = kernels.loop_guard(scores, tokens, generated, *DRY)
+    for guard in (kernels.loop_guard, ops.loop_guard):
         mine = scores.clone()
-        with ops.backend(backend):
-            assert ops.loop_guard(mine, tokens, generated, *DRY, in_place=True) is mine
+        assert guard(mine, tokens, generated, *DRY, in_place=True) is mine
         torch.testing.assert_close(mine, expected)
-    wide = torch.zeros(6, 22)[:, ::2].copy_(scores)
+    wide = torch.zeros_like(scores).repeat(1, 2)[:, ::2].copy_(scores)
     torch.testing.assert_close(ops.loop_guard(wide, tokens, generated, *DRY, in_place=True), expected)
 
 
@@ -166,22 +222,23 @@ def test_the_loop_guard_in_place_writes_where_it_reads():
 
 @pytest.mark.parametrize("anchor", [True, False])
 @pytest.mark.parametrize("length, longest", [(1, 1), (1, 4), (3, 6)])
-def test_phrases_are_lowered_as_in_plain_torch(length, longest, anchor):
+def test_phrases_are_lowered_as_in_plain_torch(length, longest, anchor, kernels):
     random = np.random.default_rng(0)
     texts = random.integers(0, 4, (50, 9))
-    index = PhraseIndex(texts, 30, length, longest, 2, anchor, breakers=(3,), silent=(1,))
-    tokens = torch.from_numpy(random.integers(-1, 5, (40, longest)))
+    index = PhraseIndex(texts, 30, length, longest, 2, anchor, breakers=(3,), silent=(1,)).to(kernels.device)
+    tokens = torch.from_numpy(np.where(random.random((25, longest)) < 0.1, -1, texts[:25, :longest]))
     tokens[::5, -1] = 30  # outside the vocabulary
-    generated = torch.from_numpy(random.integers(0, longest + 3, 40))
-    scores, nats = torch.randn(40, 37), torch.rand(longest - length + 1).cumsum(0)
+    generated = torch.from_numpy(random.integers(0, longest + 3, 25))
+    scores, nats = torch.randn(25, 37), torch.rand(longest - length + 1).cumsum(0)
     scores[:, 2] = -INF
+    scores, tokens, generated, nats = placed(kernels.device, scores, tokens, generated, nats)
     kept = scores.clone()
-    found = lower_phrases(scores, tokens, generated, index, nats)
+    found = kernels.lower_phrases(scores, tokens, generated, index, nats)
     assert torch.equal(scores, kept)
     with ops.backend("reference"):
         torch.testing.assert_close(found, lower_phrases(scores, tokens, generated, index, nats))
     assert not torch.equal(found, scores)
-    assert torch.equal(found[3:4], lower_phrases(scores[3:4], tokens[3:4], generated[3:4], index, nats))
+    assert torch.equal(found[3:4], kernels.lower_phrases(scores[3:4], tokens[3:4], generated[3:4], index, nats))
 
 
 def test_texts_with_ids_outside_the_vocabulary_are_refused():
