@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact, kind_of
+from ..ops.dispatch import op
 from ..registry import unknown
 from .calibration import Calibration, Floors, Statistics, codes_sum
 from .clustering import Progress, Report, kmeans, means
@@ -81,18 +82,10 @@ class VQHead(Head, Artifact):
         self.token_bias: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        scores = nn.functional.linear(hidden, self.codes)
-        if self.bias is None and len(self.mapping) == 1:
-            return scores.index_select(-1, self.mapping[0])
-        exact = scores.float() if scores.dtype is not torch.float64 else scores
-        logits = exact.index_select(-1, self.mapping[0])
-        for book in self.mapping[1:]:
-            logits += exact.index_select(-1, book)
+        scores, extra = nn.functional.linear(hidden, self.codes), None
         if self.rows is not None and self.projection is not None:
-            logits += nn.functional.linear(nn.functional.linear(hidden, self.projection), self.rows)
-        if self.bias is not None:
-            logits += self.bias
-        return logits.to(hidden.dtype)
+            extra = nn.functional.linear(nn.functional.linear(hidden, self.projection), self.rows)
+        return spread(scores, self.mapping, self.bias, extra)
 
     def _row_bytes(self) -> int:
         return super()._row_bytes() + 4 * len(self.codes)
@@ -282,6 +275,26 @@ class VQHead(Head, Artifact):
         if kind not in _fitted():
             raise ValueError(f"{folder} holds a {kind!r}, not a head.")
         return _fitted()[kind].load(folder, base)
+
+
+@op(half=True)
+def spread(scores: Tensor, mapping: Tensor, bias: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    """sum_j scores[M_j(v)] + extra[v] + bias[v] for every token v: scores [..., K] of codes -> [..., V].
+
+    mapping int32 [J, V], bias [V] and extra [..., V]. Sums are float32 and rounded to the dtype of the scores.
+    """
+    first, *others = mapping
+    if bias is None and extra is None and not others:
+        return scores.index_select(-1, first)
+    exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    logits = exact.index_select(-1, first)
+    for book in others:
+        logits += exact.index_select(-1, book)
+    if extra is not None:
+        logits += extra
+    if bias is not None:
+        logits += bias
+    return logits.to(scores.dtype)
 
 
 def _fitted() -> dict[str, type[VQHead]]:

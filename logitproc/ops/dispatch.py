@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -54,26 +54,32 @@ def unavailable(name: Literal["cpu", "triton"]) -> str:
     return ""
 
 
-def op(reference: Operation) -> Operation:
+@overload
+def op(reference: Operation) -> Operation: ...
+@overload
+def op(*, half: bool) -> Callable[[Operation], Operation]: ...
+def op(reference: Any = None, *, half: bool = False) -> Any:
     """Make a function of plain torch an operation: a kernel of the same name in `cpu` or `triton` may replace it.
 
-    The first argument is a tensor, which decides. Kernels take float32 and no gradients; what they decline by
-    returning NotImplemented runs in plain torch too.
+    The first argument is a tensor, which decides. Kernels take float32, with `half` also half precision, and no
+    gradients; what they decline by returning NotImplemented runs in plain torch too.
     """
-    name = reference.__name__
+    if reference is None:
+        return functools.partial(op, half=half)
+    name, dtypes = reference.__name__, (torch.float32, *((torch.bfloat16, torch.float16) if half else ()))
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
-        kernel = _kernel(name, args[0])
+        kernel = _kernel(name, args[0]) if args[0].dtype in dtypes else None
         result = NotImplemented if kernel is None else kernel(*args, **kwargs)
         return reference(*args, **kwargs) if result is NotImplemented else result
 
-    return cast(Operation, run)
+    return run
 
 
 def _kernel(name: str, like: Tensor) -> Any:
     chosen = _chosen.get()
-    if chosen == "reference" or like.dtype is not torch.float32 or type(like) is not Tensor:
+    if chosen == "reference" or type(like) is not Tensor:
         return None  # a subclass of Tensor, such as FakeTensor, may have no memory to read
     if like.requires_grad and torch.is_grad_enabled():
         return None

@@ -4,6 +4,7 @@ Triton's interpreter runs them on a CPU where TRITON_INTERPRET=1 was set before 
 tested. Their speed on a GPU is unmeasured.
 """
 
+from .heads import spread
 from .history import add_ngrams, loop_guard, lower_phrases
 
-__all__ = ["add_ngrams", "loop_guard", "lower_phrases"]
+__all__ = ["add_ngrams", "loop_guard", "lower_phrases", "spread"]

@@ -1,0 +1,46 @@
+"""Kernels of output heads against their definitions in plain torch."""
+
+import pytest
+import torch
+
+from logitproc import ops
+from logitproc.heads.vq import spread
+
+CUDA = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="there is a CUDA device")),  # Triton's interpreter
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, codes, width", [((1,), 1, 1), ((2, 3), 7, 1021), ((2,), 300, 2500), ((0,), 3, 5)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_spread_is_that_of_plain_torch_bit_for_bit(device, shape, codes, width, dtype):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from logitproc.ops import triton
+
+    random = torch.Generator().manual_seed(0)
+    scores = torch.randn(*shape, codes, generator=random).to(device, dtype)
+    extra = torch.randn(*shape, width, generator=random).to(device, dtype)
+    bias = torch.randn(width, generator=random).to(device)
+    bias[0] = -torch.inf
+    mapping = torch.randint(0, codes, (2, width), generator=random, dtype=torch.int32).to(device)
+    cut = device == "cpu" and dtype == torch.bfloat16  # the interpreter cuts off what it should round
+    tolerance = {"rtol": 2**-7, "atol": 0} if cut else {"rtol": 0, "atol": 0}
+    for given in ((mapping[:1], None, None), (mapping[:1], bias, None), (mapping, bias, extra), (mapping, None, None)):
+        with ops.backend("reference"):
+            plain = spread(scores, *given)
+        torch.testing.assert_close(triton.spread(scores, *given), plain, **tolerance)
+        with ops.backend("triton"):
+            torch.testing.assert_close(spread(scores, *given), plain, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_more_logits_than_an_int32_counts():
+    width = 151_936
+    rows = 2**31 // width + 2
+    scores = torch.randn(rows, 5, device="cuda", dtype=torch.bfloat16)
+    mapping = torch.randint(0, 5, (1, width), device="cuda", dtype=torch.int32)
+    assert torch.equal(spread(scores, mapping)[-1], scores[-1].index_select(0, mapping[0]))
