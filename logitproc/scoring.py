@@ -26,8 +26,8 @@ from .chain import Chain, asks, histories
 LOSSES = ("base_nll", "nll")
 DIVERGENCES = ("js", "kl", "reverse_kl", "tv", "agree", "flip")
 
-# Scores processed at once. On a CPU 1 MiB of float32, so that several stay in its caches; a GPU wants more.
-_ELEMENTS, _ELEMENTS_ON_CPU = 1 << 24, 1 << 18
+# Scores processed at once. On a CPU 2 MiB of float32, about what a core's cache holds; a GPU wants more.
+_ELEMENTS, _ELEMENTS_ON_CPU = 1 << 24, 1 << 19
 _ASKED_AHEAD = 1 << 26  # scores of a companion held at once
 _PIECE = 1 << 20  # characters tokenized at once
 _BUFFER = 32  # batches of windows held back to be grouped by length
@@ -55,7 +55,7 @@ def process_positions(
     that so many generated tokens stood before this text and are not shown.
 
     At most `max_rows` positions are processed at once, by default as many as hold a few million scores, so
-    the memory beyond the result does not grow with the text.
+    beyond the result only the tokens that methods read grow with the text.
     """
     mask = _mask(input_ids, attention_mask)
     every, max_rows = torch.ones_like(mask), max_rows or _fitting(logits)
@@ -93,11 +93,19 @@ def _processed(
             wanted[:, :stop] = False
             yield b, k + start, logits[b, k + start], done.scores[b, k]
             continue
-        for at in wanted[:, start:stop].nonzero().split(max_rows):
-            b, k = at.unbind(1)
-            rows_of = histories(texts, b, k + start, chain.context)
-            base = logits.flatten(0, 1).index_select(0, b * length + k + start)
-            yield b, k + start, base, chain.apply(rows_of, base, counts[b, k], asks(heard, (b, k), width))
+        b, k = wanted[:, start:stop].nonzero().unbind(1)
+        t, counts = k + start, counts[b, k]
+        recent = None if chain.context is None else histories(texts, b, t, chain.context)
+        for i in (slice(first, first + max_rows) for first in range(0, len(b), max_rows)):
+            rows_of = histories(texts, b[i], t[i], None) if recent is None else recent[i]
+            base = _rows_at(logits.flatten(0, 1), b[i] * length + t[i])
+            yield b[i], t[i], base, chain.apply(rows_of, base, counts[i], asks(heard, (b[i], k[i]), width))
+
+
+def _rows_at(scores: Tensor, index: Tensor) -> Tensor:
+    """scores[index], ascending; a view, which copies nothing, where the rows follow each other."""
+    first, last = int(index[0]), int(index[-1])
+    return scores[first : last + 1] if last - first == len(index) - 1 else scores.index_select(0, index)
 
 
 def _heard(chain: Chain, history: Tensor, positions: int) -> dict[int, Tensor]:
@@ -171,13 +179,15 @@ def score_tokens(
 
     names = LOSSES + DIVERGENCES if divergence else LOSSES
     values = torch.zeros(len(names), *ids.shape, dtype=torch.float64, device=ids.device)
-    if ids.shape[1] > 1:
+    if bool(scored.any()):
         logits = model(input_ids=ids.masked_fill(~mask, 0)[:, :-1], use_cache=False).logits
         rows = _processed(chain, ids, mask, prompt_lengths, logits, scored[:, 1:], _fitting(logits))
+        targets, found = ids.to(logits.device), []
         for b, t, base, processed in rows:
-            b, t = b.to(ids.device), t.to(ids.device)
-            figures = compare(base.float(), processed.float(), ids[b, t + 1].to(base.device), divergence)
-            values[:, b, t + 1] = torch.stack([figures[name].double() for name in names]).to(ids.device)
+            figures = compare(base.float(), processed.float(), targets[b, t + 1], divergence)
+            found.append((b, t, torch.stack([figures[name].double() for name in names])))
+        b, t, measured = (torch.cat(parts, -1).to(ids.device) for parts in zip(*found, strict=True))
+        values[:, b, t + 1] = measured
     values = torch.zeros_like(values).scatter(2, left.expand_as(values), values)
     result = dict(zip(names, values, strict=True))
     return {**result, "scored": torch.zeros_like(scored).scatter(1, left, scored)}
