@@ -5,6 +5,7 @@ import test_contract as contract
 import torch
 from conftest import WIDTH
 from elsewhere import DEVICE, Device, There, Waits, moved
+from torch.utils._pytree import tree_map_only
 
 import logitproc as lp
 
@@ -71,3 +72,43 @@ def test_a_chain_of_every_method_gives_the_same_there_and_never_waits(monkeypatc
     here = contract.sampled(lp.Chain([lp.get(name).example(WIDTH) for name in lp.names()]), *given)
     for found, expected in zip(there, here, strict=True):
         torch.testing.assert_close(found.here, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> set[str]:
+    """The names of the operations that ran as kernels for a GPU, by Triton's interpreter, on tensors of the device."""
+    if torch.cuda.is_available():
+        pytest.skip("the tests marked gpu run the kernels themselves")
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import GridExecutor
+
+    from logitproc.ops import dispatch, triton
+
+    names, launch = set[str](), GridExecutor.__call__
+
+    def kernel(name, like):
+        if not isinstance(like, There) or name not in triton.__all__:
+            return None
+        names.add(name)
+        return getattr(triton, name)
+
+    def launch_here(self, *given, **more):
+        here = lambda value: value.here if isinstance(value, There) else value
+        return launch(self, *map(here, given), **{key: here(value) for key, value in more.items()})
+
+    monkeypatch.setattr(dispatch, "_kernel", kernel)
+    monkeypatch.setattr(GridExecutor, "__call__", launch_here)
+    return names
+
+
+def test_kernels_for_a_gpu_give_the_same_there_and_their_callers_never_wait(launched):
+    for subject in contract.subjects():
+        given = contract.static_inputs(subject, seed=0)
+        expected, processor = subject.make().apply(*given), subject.make()
+        with Device():
+            there = tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), given)
+            processor.apply(*there)  # the first call may copy tables
+            with Device(strict=True):
+                found = processor.apply(*there)
+        torch.testing.assert_close(found.here, expected, rtol=1e-4, atol=1e-4, msg=str(subject))
+    assert launched >= {"add_ngrams", "loop_guard", "lower_phrases"}
