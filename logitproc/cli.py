@@ -766,6 +766,9 @@ def fit_vq(
     converted: Annotated[
         str | None, Option(metavar="FOLDER", help="Save the model with that head too, for from_pretrained.")
     ] = None,
+    refine: Annotated[
+        int, Option(metavar="N", min=0, help="There, score the N best tokens again with the model's own rows.")
+    ] = 0,
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option()] = "auto",
     device: Annotated[str, Option(metavar="NAME", help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
     force: Annotated[bool, Option("--force", help="Replace existing folders.")] = False,
@@ -777,34 +780,47 @@ def fit_vq(
     logitproc fit vq --model org/name --codes 16384 --calibration book.txt --out head --converted org-name-vq
 
     Tokens that share a code cannot be told apart by it: the report gives the perplexity that this costs on
-    text the fit has not seen, and the least that any choice of codes must cost.
+    text the fit has not seen, and the least that any choice of codes must cost. --refine tells them apart: the
+    converted model is then as large as before, and its head faster, not smaller.
     """
+    if refine and not converted:
+        raise ValueError("--refine needs --converted: a head alone does not hold the model's own rows.")
     source = find_model(model)
     _quiet(context)
     from transformers import AutoTokenizer
 
     from .artifact import check_new, new_folder
-    from .heads import VQHead, convert
+    from .heads import Calibration, RefinedHead, VQHead, convert, evaluate
 
     for folder in filter(None, (out, converted)):
         check_new(folder, force)
     tokenizer = AutoTokenizer.from_pretrained(source)
     loaded = load_model(source, dtype, choose_device(device), None)
+    own = loaded.get_output_embeddings()
+    if refine > own.out_features:
+        raise ValueError(f"--refine {refine} is more than the {own.out_features} tokens of the vocabulary.")
+    text: Any = calibration
+    if refine:  # the same reading judges the refined head
+        text = Calibration.collect(loaded, calibration, tokenizer, tokens=tokens, report=_show_stage)
     head = VQHead.fit(
-        loaded, calibration, codes=codes, kind=kind, seed=seed, tokenizer=tokenizer, tokens=tokens, report=_show_stage
+        loaded, text, codes=codes, kind=kind, seed=seed, tokenizer=tokenizer, tokens=tokens, report=_show_stage
     )
     head.save(out, force=force)
     print(f"Fitted {codes:,} codes of kind {kind} to {head.about['tokens']:,} tokens of {calibration}.")
-    print(_table(_head_report(head, loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight)))
+    print(_table(_head_report(head, loaded.get_input_embeddings().weight is own.weight)))
     print(f"Saved to {out}: lp.attach(model, lp.VQHead.load({out!r})).")
     if head.token_weights is not None:
         proc = shlex.quote(f"vq:head={out}")
         print(f'  logitproc generate --model {shlex.quote(model)} --prompt "..." --proc {proc}')
     if converted:
         with new_folder(converted, force) as new:
-            convert(loaded, head).save_pretrained(new)
+            best = RefinedHead.of(head, own.weight, own.bias, best=refine) if refine else head
+            convert(loaded, best).save_pretrained(new)
             tokenizer.save_pretrained(new)
         print(f"Saved the model with this head to {converted}:")
+        if refine:
+            ratio = evaluate(best, text.parts[1]).perplexity_ratio
+            print(f"  the {refine:,} best tokens scored again: perplexity x {ratio:.3f}")
         print(f'  logitproc generate --model {shlex.quote(converted)} --prompt "..."')
 
 

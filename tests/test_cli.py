@@ -717,6 +717,14 @@ def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refuse
     assert status == 0
     preview[2] = converted
     assert run(*preview)[:2] == (0, shown)
+    refined, width = tmp_path / "refined", json.loads((converted / "config.json").read_text())["vocab_size"]
+    status, printed, _ = run(*arguments, "--out", out, "--converted", refined, "--refine", width, "--force")
+    assert status == 0 and f"the {width} best tokens scored again: perplexity x 1.000" in printed
+    plain = run(*[*preview[:2], "mini", *preview[3:]])[1]
+    assert run(*[*preview[:2], refined, *preview[3:]])[:2] == (0, plain)
+    assert "--refine needs --converted" in refused(*arguments, "--out", tmp_path / "x", "--refine", 5)
+    many = ["--out", tmp_path / "x", "--converted", tmp_path / "y", "--refine", width + 1]
+    assert f"more than the {width} tokens" in refused(*arguments, *many)
     assert "exists" in refused(*arguments, "--out", out)
     assert "9000 codes are more than the" in refused(*arguments, "--codes", 9000, "--out", tmp_path / "x")
     assert "kind of head 'papr'" in refused(*arguments, "--kind", "papr", "--out", tmp_path / "x")
