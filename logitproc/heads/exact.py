@@ -54,14 +54,16 @@ class ExactHead(Head):
     Exact means: the winner (lowest id of several) is that of the model's own matrix product in its dtype, for every
     order of summation whose error is at most gamma sum |h_i w_i| with gamma = 2 (d + 8) 2^-24, as float32 accumulation
     has it. Where rounding could decide otherwise, the dense product is computed: a call is a fallback when its winner
-    is `ambiguous`, more tokens survive than `capacity` (`overflow`), the state is next to zero, not finite or so long
+    is `ambiguous`, more tokens survive than are allowed to (`overflow`), the state is next to zero, not finite or so long
     that float32 overflows (`special`), more than `max_rows` states come at once (`wide`), or W changed after the planes
     were made (`stale`: `refresh()`).
 
     m           how many best logits are promised; the others may be -inf
     mode        "checked" decides on fallback at each step; "deferred" never waits for the device: it returns what it
                 found, and `certified()` says afterwards whether all of it is exact
-    capacity    tokens that may survive the first plane
+    capacity    tokens that may survive the first plane; by default all, and 2,048 when deferred, where it is the
+                length of a list. Each costs no more than half of what the dense head reads for it
+    max_rows    from 5 states on one pass of the dense product is faster on a CPU, as measured in eval/RESULTS.md
     counters    how often what happened
     """
 
@@ -247,8 +249,8 @@ class ExactHead(Head):
     def _error(self, state: States, bound: str, ids: Tensor | None = None) -> Tensor:
         """How much a dense logit may exceed a score, [V] or as ids, float32 rounded up.
 
-        ||h|| rho for what the planes leave out, ||h - hq|| ||w'|| for the rounding of the state, and a few times the
-        rounding of a float32 product: in the dense head's logit, and in what is added up here.
+        ||h|| rho for what the planes leave out, ||h - hq|| ||w'|| for the rounding of the state, gamma ||h|| ||w|| for
+        the dense product, and twice that for what is rounded here, which is less.
         """
         slack = state.lost + 3 * rounding(self.in_features) * state.norms
         rho, norms = (getattr(self, name).view(torch.float32) for name in (bound, "norms"))

@@ -128,7 +128,7 @@ def round_states(hidden: Tensor) -> States:
     h = hidden.double().nan_to_num(0.0, 0.0, 0.0)
     t = (h.abs().amax(1) / _STATE).float().clamp(min=1e-30)
     exact = t.double()[:, None]
-    whole = (h / exact).round().clamp(-_STATE, _STATE)
+    whole = (h / exact).round()
     lost = (h - whole * exact).norm(dim=1)
     whole = torch.nn.functional.pad(whole, (0, -h.shape[1] % GROUP)).to(torch.int16)
     return States(whole, t, h.norm(dim=1) * (1 + 1e-6), lost * (1 + 1e-6))
