@@ -54,9 +54,9 @@ class ExactHead(Head):
     Exact means: the winner (lowest id of several) is that of the model's own matrix product in its dtype, for every
     order of summation whose error is at most gamma sum |h_i w_i| with gamma = 2 (d + 8) 2^-24, as float32 accumulation
     has it. Where rounding could decide otherwise, the dense product is computed: a call is a fallback when its winner
-    is `ambiguous`, more tokens survive than are allowed to (`overflow`), the state is next to zero, not finite or so long
-    that float32 overflows (`special`), more than `max_rows` states come at once (`wide`), or W changed after the planes
-    were made (`stale`: `refresh()`).
+    is `ambiguous`, more tokens survive than may (`overflow`), the state is next to zero, not finite or so long that
+    float32 overflows (`special`), more than `max_rows` states come at once (`wide`), or W changed after the planes were
+    made (`stale`: `refresh()`).
 
     m           how many best logits are promised; the others may be -inf
     mode        "checked" decides on fallback at each step; "deferred" never waits for the device: it returns what it

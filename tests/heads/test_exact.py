@@ -136,6 +136,16 @@ def test_a_processor_without_these_instructions_gets_the_same_scores(tmp_path, m
         native.load.cache_clear()
 
 
+def test_large_pages_hold_the_same_bytes():
+    library = native.load(planes._SOURCE)
+    if library is None:
+        pytest.skip("planes.cpp needs a C++ compiler, and there is none")
+    held = draw(3 << 20)  # 12 MiB: some whole pages, and ends that are none
+    before = held.clone()
+    library.hold_in_large_pages(planes._pointer(held), planes.ctypes.c_int64(held.nbytes))
+    assert torch.equal(held, before)
+
+
 def test_states_are_rounded_to_16_bits():
     h = draw(4, 200)
     h[2] = 0
