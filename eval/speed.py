@@ -397,7 +397,7 @@ def _validate(args: argparse.Namespace) -> None:
     """Raise ValueError for what cannot be measured; and set what the whole process shares."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for and torch finds no CUDA device; use --device cpu.")
-    least, smallest = speed_cases.BUNDLED_VOCABULARY, min(args.vocabularies)
+    least, smallest = speed_cases.POCKET, min(args.vocabularies)
     if smallest < least:
         raise ValueError(f"--vocabularies must be at least {least}, that of the bundled prior; got {smallest}.")
     if args.busy:

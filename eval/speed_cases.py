@@ -21,7 +21,9 @@ from logitproc.companion import tiny_companion
 from logitproc.prior import Order
 
 VOCABULARIES, BATCHES = (32_000, 151_936), (1, 8, 64)
+POCKET = 8192  # the vocabulary of the bundled models
 LENGTH = 256  # tokens of history
+GENERATED, SCORED = 64, 512  # tokens a row of a job
 _BUFFERED = {"cpu": 1 << 26, "cuda": 1 << 28}  # bytes of scores in rotation: beyond the nearer caches
 
 
@@ -271,17 +273,18 @@ def generation(host: str, spec: list[dict[str, Any]]) -> Callable[[str], tuple[C
     def make(device: str) -> tuple[Call, Call]:
         model, tokenizer = bundled(host, device)
         start = tokenizer(["The road was long"] * 8, return_tensors="pt").to(device)
-        return generated(model, spec, start, 64), generated(model, [], start, 64)
+        return generated(model, spec, start, GENERATED), generated(model, [], start, GENERATED)
 
     return make
 
 
 @functools.cache
 def model_texts(device: str) -> Tensor:
-    """Ids [4, 8, 513] of text that the bundled model wrote: real n-grams, as scored text has them."""
+    """Ids [4, 8, SCORED + 1] of text that the bundled model wrote: real n-grams, as scored text has them."""
     model, tokenizer = bundled("base", device)
-    start = torch.full((32, 1), tokenizer.bos_token_id, device=device)
-    return generated(model, [], {"input_ids": start, "attention_mask": torch.ones_like(start)}, 512)(0).view(4, 8, 513)
+    ids = torch.full((32, 1), tokenizer.bos_token_id, device=device)
+    start = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return generated(model, [], start, SCORED)(0).view(4, 8, -1)
 
 
 def scoring(spec: list[dict[str, Any]]) -> Callable[[str], tuple[Call, Call]]:
@@ -298,27 +301,26 @@ def scoring(spec: list[dict[str, Any]]) -> Callable[[str], tuple[Call, Call]]:
 
 
 def fitting(device: str) -> tuple[Call, Call]:
-    """Counting 16,384 tokens of model text, order 3; and tokenizing them."""
+    """Counting text of the model, order 3; and tokenizing it."""
     tokenizer = bundled("base", device)[1]
-    texts = tokenizer.batch_decode(model_texts(device)[..., 1:].reshape(128, 128))
+    texts = tokenizer.batch_decode(model_texts(device)[..., 1:].reshape(128, -1))
     return (lambda i: lp.NGramPrior.fit(texts, tokenizer, order=3)), (lambda i: tokenizer(texts))
 
 
 DEFAULT, LIFT = [{"name": "ngram", "prior": "quixote"}], [{"name": "ngram", "prior": "quixote", "rule": "lift"}]
 REVERSE = [{"name": "aligndistil", "reverse": {"model": "mini-reverse-dpo", "dtype": "float32"}}]
-BUNDLED_VOCABULARY = 8192
 
 PAIRS = (
     Pair("calls", "Chain of 5 no-ops", "list of 1 no-op", 32_000, 1, 1, no_ops(1)),
     Pair("calls", "Chain of 5 no-ops", "list of 5 no-ops", 32_000, 1, 1, no_ops(5)),
     Pair("calls", "fusion newton", "its rows one by one", 151_936, 32, 32, rows_at_once),
     Pair("calls", "ledger update", "np.concatenate", 151_936, 100, 10_000, ledger_update),
-    Pair("jobs", "generate with ngram lift", "generate", BUNDLED_VOCABULARY, 8, 512, generation("base", LIFT)),
-    Pair("jobs", "generate with ngram default", "generate", BUNDLED_VOCABULARY, 8, 512, generation("base", DEFAULT)),
-    Pair("jobs", "generate with aligndistil", "generate", BUNDLED_VOCABULARY, 8, 512, generation("mini-dpo", REVERSE)),
-    Pair("jobs", "perplexity through ngram lift", "bare forward", BUNDLED_VOCABULARY, 8, 4096, scoring(LIFT)),
-    Pair("jobs", "perplexity through ngram default", "bare forward", BUNDLED_VOCABULARY, 8, 4096, scoring(DEFAULT)),
-    Pair("jobs", "fit ngram", "tokenizing", BUNDLED_VOCABULARY, 128, 16_384, fitting),
+    Pair("jobs", "generate with ngram lift", "generate", POCKET, 8, 8 * GENERATED, generation("base", LIFT)),
+    Pair("jobs", "generate with ngram default", "generate", POCKET, 8, 8 * GENERATED, generation("base", DEFAULT)),
+    Pair("jobs", "generate with aligndistil", "generate", POCKET, 8, 8 * GENERATED, generation("mini-dpo", REVERSE)),
+    Pair("jobs", "perplexity through ngram lift", "bare forward", POCKET, 8, 8 * SCORED, scoring(LIFT)),
+    Pair("jobs", "perplexity through ngram default", "bare forward", POCKET, 8, 8 * SCORED, scoring(DEFAULT)),
+    Pair("jobs", "fit ngram", "tokenizing", POCKET, 128, 32 * SCORED, fitting),
 )
 
 

@@ -219,6 +219,29 @@ def test_log_softmax_is_that_of_all_scores_that_a_step_reads(inputs):
     assert len(speed_cases.log_softmax(inputs, 3)(0)) == 3
 
 
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(speed_cases, "GENERATED", 3)
+    monkeypatch.setattr(speed_cases, "SCORED", 16)
+    speed_cases.model_texts.cache_clear()
+    yield
+    speed_cases.model_texts.cache_clear()
+
+
+@pytest.mark.parametrize("pair", speed_cases.PAIRS, ids=lambda pair: f"{pair.what}, {pair.against}")
+def test_both_sides_of_every_pair_do_the_same_work(pair, short):
+    with torch.inference_mode():
+        ours, theirs = (call(1) for call in pair.make("cpu"))
+    if pair.what.startswith("generate"):
+        assert ours.shape == theirs.shape and not torch.equal(ours, theirs)
+    elif pair.what.startswith("perplexity"):
+        assert ours["nll"][:, 1:].shape == theirs.logits.shape[:2]
+    elif pair.what == "fusion newton":
+        torch.testing.assert_close(torch.cat(theirs), ours, rtol=1e-4, atol=1e-4)
+    elif pair.what.startswith("Chain"):
+        assert torch.equal(ours, theirs)
+
+
 def test_look_ups_of_the_inputs_find_something(inputs):
     tokens = inputs.history(0)
     assert tokens.shape == (2, speed_cases.LENGTH)
