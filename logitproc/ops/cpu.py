@@ -46,8 +46,15 @@ def rows_of(like: Tensor, *others: Tensor) -> list[Tensor] | None:
     return [tensor.contiguous() for tensor in (like, *others)]
 
 
+def _are_tokens(tokens: Tensor, scores: Tensor) -> bool:
+    """Whether there is one token of the vocabulary for each row of scores."""
+    if tokens.dtype != torch.int64 or tokens.shape != scores.shape[:1]:
+        return False
+    return not len(tokens) or 0 <= int(tokens.min()) <= int(tokens.max()) < scores.shape[1]
+
+
 def nll(scores: Tensor, target: Tensor) -> Tensor:
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[1]:
+    if not _are_tokens(target, scores):
         return NotImplemented  # torch says what is wrong
     scores, out = scores.contiguous(), scores.new_empty(len(scores))
     call("nll", scores, target.contiguous(), out, *scores.shape)
@@ -95,7 +102,8 @@ def mixture(
     host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float],
     log_weights: Tensor,
 ) -> Tensor:  # fmt: skip
-    if log_weights.dtype != torch.float32 or log_weights.shape[1] != 1 + len(experts) * (len(alphas) + len(betas)):
+    parts = 1 + len(experts) * (len(alphas) + len(betas))
+    if log_weights.dtype != torch.float32 or log_weights.shape != (len(host), parts):
         return NotImplemented
     return _mixture("mixture", host, base, experts, alphas, betas, log_weights, torch.empty(host.shape))
 
@@ -104,7 +112,7 @@ def log_likelihoods(
     host: Tensor, base: Tensor, experts: Sequence[Tensor], alphas: Sequence[float], betas: Sequence[float],
     tokens: Tensor,
 ) -> Tensor:  # fmt: skip
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < host.shape[1]:
+    if not _are_tokens(tokens, host):
         return NotImplemented  # torch says what is wrong
     out = torch.empty(len(host), 1 + len(experts) * (len(alphas) + len(betas)))
     return _mixture("log_likelihoods", host, base, experts, alphas, betas, tokens, out)
@@ -115,7 +123,7 @@ def _mixture(
     betas: Sequence[float], about_rows: Tensor, out: Tensor,
 ) -> Tensor:  # fmt: skip
     given = rows_of(host, base, *experts)
-    if given is None or not host.shape[1] or len(about_rows) != len(host):
+    if given is None or not host.shape[1]:
         return NotImplemented
     pointers = torch.tensor([expert.data_ptr() for expert in given[2:]])
     numbers = [torch.tensor(values, dtype=torch.float32) for values in (alphas, betas)]

@@ -1,7 +1,9 @@
 """Kernels that work on several score tensors: each against its definition in plain torch, in float64 and float32."""
 
+import functools
 import math
 import shutil
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,8 +13,37 @@ from logitproc import ops
 from logitproc.methods import aligndistil, fusion
 
 INF = math.inf
-SHAPES = ((0, 5), (1, 1), (5, 3), (4, 1021), (3, 7919), (1, 151_936))
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+SHAPES = ((0, 5), (1, 1), (5, 3), (2, 2100), (3, 7919), (1, 151_936))
+CUDA = torch.cuda.is_available()
+
+
+class Backend(NamedTuple):
+    name: str
+    device: str
+    slow: bool
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            Backend("cpu", "cpu", False),
+            marks=pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+        ),
+        pytest.param(
+            Backend("triton", "cpu", True), marks=pytest.mark.skipif(CUDA, reason="there is a CUDA device")
+        ),
+        pytest.param(
+            Backend("triton", "cuda", False),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")],
+        ),
+    ],
+    ids=["cpu", "interpreter", "cuda"],
+)
+def backend(request):
+    if request.param.name == "triton":
+        pytest.importorskip("triton", reason="the package triton is not installed")
+    with ops.backend(request.param.name):
+        yield request.param
 
 
 def rows(count: int, width: int, number: int, forbidden: float = 0.0, seed: int = 0) -> list[Tensor]:
@@ -47,12 +78,15 @@ def teacher(**options):
 
 
 # operation -> (how many score tensors it takes, a call of it)
-CASES = {f"newton {target}": (3, lambda *s, target=target: newton(*s, target=target)) for target in "RFJ"} | {
+CASES: dict[str, Any] = {
+    "newton R": (3, functools.partial(newton, target="R")), "newton F": (3, functools.partial(newton, target="F")),
+    "newton J": (3, newton),
     "mixture": (3, mixture), "mixture of two": (4, mixture), "log_likelihoods": (4, log_likelihoods),
     "teacher": (2, teacher()), "teacher of three": (3, teacher(r=2.0, tvd_units="code", clamp=(0.1, 1.5))),
     "teacher masked": (3, teacher(coefficient=1.5, plausibility=0.1)),
     "teacher without anchor": (2, teacher(coefficient=1.0, anchor_weight=0.0, plausibility=0.1)),
     "divergences": (2, lambda *scores: ops.divergences(*scores)),
+    "nll": (2, lambda *scores: ops.nll(scores[0].to(scores[1].dtype), scores[1].argmax(-1))),
 }  # fmt: skip
 
 
@@ -75,15 +109,16 @@ def as_tuple(result) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("forbidden", (0.0, 0.1))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_kernel_is_as_close_to_float64_as_plain_torch(name, shape, forbidden):
+def test_a_kernel_is_as_close_to_float64_as_plain_torch(name, shape, forbidden, backend):
+    if backend.slow and shape[1] > 3000:
+        pytest.skip("the interpreter is slow")
     number, call = CASES[name]
-    scores = rows(*shape, number, forbidden)
+    scores = [x.to(backend.device) for x in rows(*shape, number, forbidden)]
     before = [x.clone() for x in scores]
     exact = as_tuple(call(*(x.double() for x in scores)))
     with ops.backend("reference"):
         plain = as_tuple(call(*scores))
-    with ops.backend("cpu"):
-        fast = as_tuple(call(*scores))
+    fast = as_tuple(call(*scores))
     for found, allowed in zip(differences(fast, exact), differences(plain, exact), strict=True):
         if len(found):
             assert found.max() <= 2 * allowed.max() + (1e-12 if name == "divergences" else 1e-5)
@@ -91,24 +126,33 @@ def test_a_kernel_is_as_close_to_float64_as_plain_torch(name, shape, forbidden):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_row_depends_on_nothing_beside_it_nor_on_threads_or_strides(name):
+def test_a_row_depends_on_nothing_beside_it_nor_on_strides(name, backend):
     number, call = CASES[name]
-    scores = rows(5, 60_000, number, 0.1)
-    together, threads = as_tuple(call(*scores)), torch.get_num_threads()
-    for i in range(5):
+    scores = [x.to(backend.device) for x in rows(3, 50 if backend.slow else 60_000, number, 0.1)]
+    together = as_tuple(call(*scores))
+    for i in range(3):
         alone = as_tuple(call(*(x[i : i + 1] for x in scores)))
         assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, together, strict=True))
+    for strided in ([torch.stack([x, x + 1], -1)[..., 0] for x in scores],
+                    [torch.cat([x, x], -1)[:, : x.shape[1]] for x in scores]):  # fmt: skip
+        assert not strided[0].is_contiguous() and all(map(torch.equal, as_tuple(call(*strided)), together))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_the_number_of_threads_changes_nothing(name):
+    number, call = CASES[name]
+    scores, threads = rows(5, 60_000, number, 0.1), torch.get_num_threads()
+    together = as_tuple(call(*scores))
     try:
         torch.set_num_threads(3)
         assert all(map(torch.equal, as_tuple(call(*scores)), together))
     finally:
         torch.set_num_threads(threads)
-    wide = [torch.stack([x, x + 1], -1)[..., 0] for x in scores]
-    assert not wide[0].is_contiguous() and all(map(torch.equal, as_tuple(call(*wide)), together))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_with_next_to_nothing_in_common(name):
+def test_rows_with_next_to_nothing_in_common(name, backend):
     number, call = CASES[name]
     scores = [torch.randn(6, 9, generator=torch.Generator().manual_seed(i)) for i in range(number)]
     for i, x in enumerate(scores):
@@ -119,6 +163,7 @@ def test_rows_with_next_to_nothing_in_common(name):
         x[4, i:] = -1e38 if i else -INF
     scores[0][5] = scores[1][5]
     scores[-1][5] = scores[1][5] + 7
+    scores = [x.to(backend.device) for x in scores]
     with ops.backend("reference"):
         plain = as_tuple(call(*scores))
     fast = as_tuple(call(*scores))
@@ -128,10 +173,10 @@ def test_rows_with_next_to_nothing_in_common(name):
 
 
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
-@pytest.mark.parametrize("name", CASES)
-def test_what_a_kernel_cannot_read_runs_in_plain_torch(name):
+@pytest.mark.parametrize("name", [name for name in CASES if name != "nll"])
+def test_what_a_kernel_cannot_read_runs_in_plain_torch(name, backend):
     number, call = CASES[name]
-    scores = rows(2, 9, number)
+    scores = [x.to(backend.device) for x in rows(2, 9, number)]
     expected = as_tuple(call(*scores))
     other = as_tuple(call(*scores[:-1], scores[-1].double()))
     for ours, theirs in zip(other, expected, strict=True):
@@ -140,19 +185,39 @@ def test_what_a_kernel_cannot_read_runs_in_plain_torch(name):
         call(*scores[:-1], scores[-1][:, :5])
 
 
-def test_an_expert_that_equals_its_base_leaves_the_host_bit_for_bit():
-    host, base = rows(3, 1021, 2)
+def test_an_expert_that_equals_its_base_leaves_the_host_bit_for_bit(backend):
+    host, base = (x.to(backend.device) for x in rows(3, 1021, 2))
     for expert in (base, base + 7):
         scores, alpha, *_, dead = newton(host, base, expert)
         assert torch.equal(scores, host) and dead.all() and not alpha.any()
 
 
-def test_small_divergences_keep_their_digits():
-    base, _ = rows(1, 5000, 2)
+def test_bounds_are_reached_exactly_and_said(backend):
+    host, base = (x.to(backend.device) for x in rows(3, 1021, 2))
+    scores, alpha, _, _, beyond, _ = fusion.newton(host, base, base + 3 * (base - host), "J", 0.0, 0.5, 12)
+    assert (alpha == 0.5).all() and beyond.all()
+    torch.testing.assert_close(scores.softmax(-1), (host + 1.5 * (base - host)).softmax(-1))
+    alpha, beyond = fusion.newton(host, base, base + 0.1 * (base - host), "J", 1.5, 2.0, 12)[1::3]
+    assert (alpha == 1.5).all() and not beyond.any()
+
+
+def test_small_divergences_keep_their_digits(backend):
+    base = rows(1, 5000, 2)[0].to(backend.device)
     for size in (1e-1, 1e-3, 1e-5):
-        processed = base + size * torch.randn(1, 5000, generator=torch.Generator().manual_seed(1))
+        processed = base + size * torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)).to(base.device)
         with ops.backend("reference"):
             exact = ops.divergences(base, processed)
         for found, truth in zip(ops.divergences(base, processed)[:4], exact, strict=False):
             torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-15)
     assert [x.item() for x in ops.divergences(base, base)[:4]] == [0.0] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_more_scores_than_an_int32_counts(name):
+    number, call = CASES[name]
+    few = [x.cuda() for x in rows(2, 151_936, number)]
+    copies = 2**31 // (2 * 151_936) + 1
+    for part, expected in zip(as_tuple(call(*(x.repeat(copies, 1) for x in few))), as_tuple(call(*few)), strict=True):
+        assert torch.equal(part[-2:], expected)

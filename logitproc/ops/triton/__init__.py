@@ -4,7 +4,13 @@ Triton's interpreter runs them on a CPU where TRITON_INTERPRET=1 was set before 
 tested. Their speed on a GPU is unmeasured.
 """
 
+from .aligndistil import extrapolated
+from .divergences import divergences, nll
+from .fusion import log_likelihoods, mixture, newton
 from .heads import spread
 from .history import add_ngrams, loop_guard, lower_phrases
 
-__all__ = ["add_ngrams", "loop_guard", "lower_phrases", "spread"]
+__all__ = [
+    "add_ngrams", "divergences", "extrapolated", "log_likelihoods", "loop_guard", "lower_phrases", "mixture", "newton",
+    "nll", "spread",
+]  # fmt: skip
