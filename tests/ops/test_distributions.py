@@ -15,6 +15,7 @@ from logitproc.methods import aligndistil, fusion
 INF = math.inf
 SHAPES = ((0, 5), (1, 1), (5, 3), (2, 2100), (3, 7919), (1, 151_936))
 CUDA = torch.cuda.is_available()
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 
 
 class Backend(NamedTuple):
