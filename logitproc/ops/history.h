@@ -196,9 +196,13 @@ struct Row {
     int64_t n = 0;
     for_pieces<kShort>([&](const float* x, int64_t count, int64_t begin) {
       if (!(*high++ - top > limit)) return;
-      for (int64_t i = 0; i < count; ++i) {
-        list[n] = static_cast<int32_t>(begin + i);
-        n += x[i] - top > limit;
+      for (int64_t part = 0; part < count; part += 16) {
+        const int64_t end = std::min<int64_t>(part + 16, count);
+        if (!(maximum(x + part, end - part) - top > limit)) continue;
+        for (int64_t i = part; i < end; ++i) {
+          list[n] = static_cast<int32_t>(begin + i);
+          n += x[i] - top > limit;
+        }
       }
     });
     const int32_t* ids = list.data();
