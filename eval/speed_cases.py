@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, Repe
 import logitproc as lp
 from logitproc import Processor
 from logitproc.companion import tiny_companion
+from logitproc.methods.vq import example_head
 from logitproc.prior import Order
 
 VOCABULARIES, BATCHES = (32_000, 151_936), (1, 8, 64)
@@ -150,7 +151,7 @@ def fusion(**options: Any) -> Made:
 
 
 def vq(x: Inputs) -> list[Processor]:
-    return [lp.VQLogitsProcessor.example(x.vocabulary)]
+    return [lp.VQLogitsProcessor(example_head(x.vocabulary, "weighted", codes=1024))]
 
 
 STEPS: dict[str, Made] = {

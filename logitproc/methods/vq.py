@@ -22,25 +22,32 @@ from torch import Tensor
 
 from ..checks import in_range
 from ..heads import KINDS, VQHead
+from ..ops.dispatch import op
 from ..processor import Processor
 from ..registry import register
 
 
-def share_logits(scores: Tensor, mapping: Tensor, weights: Tensor, codes: int) -> Tensor:
-    """Each score replaced by the weighted mean over its code: scores [rows, V], mapping and weights [V].
+@op
+def share_logits(scores: Tensor, mapping: Tensor, weights: Tensor, codes: int, bias: Tensor | None = None) -> Tensor:
+    """Each score replaced by the weighted mean over its code, plus the bias of its token: scores [rows, width].
 
-    A score of -inf stays and is left out of the mean. A code of one token keeps its score, bit for bit.
+    mapping int32, weights and bias [V]; scores of tokens that they do not hold stay, and so does -inf, which is left
+    out of the mean. A code of one token keeps its score, bit for bit, up to the bias.
     """
-    finite = scores > -torch.inf
-    index = mapping.expand_as(scores)
-    sums = lambda values: torch.zeros_like(scores[:, :1]).expand(-1, codes).scatter_add(1, index, values)
+    given, rest = scores[:, : len(mapping)], scores[:, len(mapping) :]
+    finite, index = given > -torch.inf, mapping[: given.shape[1]].long().expand_as(given)
+    sums = lambda values: torch.zeros_like(given[:, :1]).expand(-1, codes).scatter_add(1, index, values)
+    weights = weights[: given.shape[1]].to(scores.dtype)
     share = torch.where(finite, weights, 0.0)
     total = sums(share).gather(1, index)
     # Relative to the largest score of the row: what is added up is then no larger than differences of scores.
-    top = scores.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-    mean = sums(torch.where(finite, weights * (scores - top), 0.0)).gather(1, index) / total
+    top = given.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    mean = sums(torch.where(finite, weights * (given - top), 0.0)).gather(1, index) / total
     alone = total == share  # nothing else in the code has a say
-    return torch.where(finite & ~alone, mean + top, scores)
+    out = torch.where(finite & ~alone, mean + top, given)
+    if bias is not None:
+        out += bias[: given.shape[1]]
+    return torch.cat([out, rest], 1)
 
 
 @register("vq", paper="arXiv:2505.10202")
@@ -84,21 +91,21 @@ class VQLogitsProcessor(Processor):
             )
         if self.softcap is not None:
             in_range("softcap", self.softcap, 1e-3, math.inf)
-        self._mapping, self._weights = self.head.mapping[0].long(), self.head.token_weights
+        self._mapping, self._weights = self.head.mapping[0], self.head.token_weights
         self._bias = self.head.token_bias
+        if not 0 <= int(self._mapping.min()) <= int(self._mapping.max()) < len(self.head.codes):
+            raise ValueError(f"The head maps tokens to codes that it does not have: it has {len(self.head.codes)}.")
 
     def step(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """scores [rows, width] float32 -> the head's logits [rows, width]."""
         self._to(scores.device)
-        width = min(scores.shape[1], len(self._mapping))
-        given = scores[:, :width]
-        raw = given if self.softcap is None else uncapped(given, self.softcap)
-        out = share_logits(raw, self._mapping[:width], self._weights[:width], len(self.head.codes))
-        if self._bias is not None:
-            out = out + self._bias[:width]
-        if self.softcap is not None:
-            out = torch.where(given > -torch.inf, self.softcap * (out / self.softcap).tanh(), given)
-        return torch.cat([out, scores[:, width:]], 1)
+        tables = (self._mapping, self._weights, len(self.head.codes), self._bias)
+        if self.softcap is None:
+            return share_logits(scores, *tables)
+        given = scores[:, : len(self._mapping)]
+        out = share_logits(uncapped(given, self.softcap), *tables)
+        out = torch.where(given > -torch.inf, self.softcap * (out / self.softcap).tanh(), given)
+        return torch.cat([out, scores[:, len(self._mapping) :]], 1)
 
     def _to(self, device: torch.device) -> None:
         if self._mapping.device != device:  # once; later calls cost nothing
@@ -107,15 +114,15 @@ class VQLogitsProcessor(Processor):
 
     @classmethod
     def example(cls, width: int) -> Self:
-        return cls(_head(width, "weighted", codes=max(1, width // 3)))
+        return cls(example_head(width, "weighted", codes=max(1, width // 3)))
 
     @classmethod
     def neutral(cls, width: int) -> Self:
-        return cls(_head(width, "paper", codes=width))
+        return cls(example_head(width, "paper", codes=width))
 
     @classmethod
     def variants(cls, width: int) -> dict[str, Processor]:
-        return {"example": cls.example(width), "paper": cls(_head(width, "paper", codes=max(1, width // 2)))}
+        return {"example": cls.example(width), "paper": cls(example_head(width, "paper", codes=max(1, width // 2)))}
 
 
 def uncapped(scores: Tensor, cap: float) -> Tensor:
@@ -125,7 +132,7 @@ def uncapped(scores: Tensor, cap: float) -> Tensor:
     )
 
 
-def _head(width: int, kind: str, codes: int) -> VQHead:
+def example_head(width: int, kind: str, codes: int) -> VQHead:
     """A head of so many codes over random groups of tokens; what its codes are does not matter here."""
     random = torch.Generator().manual_seed(width)
     mapping = torch.arange(width) if codes == width else torch.randint(0, codes, (width,), generator=random)

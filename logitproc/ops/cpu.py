@@ -211,3 +211,16 @@ def lower_phrases(scores: Tensor, tokens: Tensor, generated: Tensor, index: Any,
          index.breaks, index.keys, index.span, index.ids, nats.contiguous(), index.start, len(index.keys) - 1,
          index.length, index.longest, index.anchor, out, tokens.shape[1], *scores.shape)  # fmt: skip
     return out
+
+
+# --- heads ---
+
+
+def share_logits(scores: Tensor, mapping: Tensor, weights: Tensor, codes: int, bias: Tensor | None = None) -> Tensor:
+    if mapping.dtype != torch.int32 or weights.dtype != torch.float32:
+        return NotImplemented
+    scores, tokens = scores.contiguous(), min(len(mapping), scores.shape[1])
+    out = torch.empty_like(scores)
+    bias = None if bias is None else bias.contiguous()
+    call("share_logits", scores, mapping.contiguous(), weights.contiguous(), bias, out, tokens, codes, *scores.shape)
+    return out

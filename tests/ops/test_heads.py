@@ -5,6 +5,8 @@ import torch
 
 from logitproc import ops
 from logitproc.heads.vq import spread
+from logitproc.methods.vq import share_logits
+from logitproc.ops import cpu
 
 CUDA = torch.cuda.is_available()
 DEVICES = [
@@ -34,6 +36,28 @@ def test_spread_is_that_of_plain_torch_bit_for_bit(device, shape, codes, width, 
         torch.testing.assert_close(triton.spread(scores, *given), plain, **tolerance)
         with ops.backend("triton"):
             torch.testing.assert_close(spread(scores, *given), plain, **tolerance)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("rows, codes, tokens, width", [(0, 2, 3, 3), (1, 1, 1, 1), (5, 3, 7, 9), (3, 400, 7919, 8000)])
+def test_shared_logits_are_as_close_to_float64_as_plain_torch(rows, codes, tokens, width):
+    random = torch.Generator().manual_seed(0)
+    scores = 5 * torch.randn(rows, width, generator=random)
+    scores[torch.rand(rows, width, generator=random) < 0.3] = -torch.inf
+    mapping = torch.randint(0, codes, (tokens,), generator=random, dtype=torch.int32)
+    mapping[0] = 0
+    weights, bias = torch.rand(tokens, generator=random).mul_(4).floor_(), torch.randn(tokens, generator=random)
+    for given in (scores, scores.repeat(1, 2)[:, ::2], scores[:, : tokens // 2 + 1]):
+        for arguments in ((mapping, weights, codes), (mapping, weights, codes, bias)):
+            found, exact = cpu.share_logits(given, *arguments), share_logits(given.double(), *arguments)
+            with ops.backend("reference"):
+                plain = share_logits(given, *arguments)
+            finite = exact.isfinite()
+            assert torch.equal(found[~finite].double(), exact[~finite]) and torch.equal(finite, given.isfinite())
+            error = lambda x, exact=exact, finite=finite: (x - exact)[finite].abs().amax().item() if finite.any() else 0
+            assert error(found) <= error(plain) + 1e-5
+            for i in range(rows):
+                assert torch.equal(found[i], cpu.share_logits(given[i : i + 1], *arguments)[0])
 
 
 @pytest.mark.gpu
