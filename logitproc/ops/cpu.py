@@ -154,6 +154,7 @@ class _Tables:
         self.spans = torch.stack([(step == 1).nonzero()[:, 0], (step == -1).nonzero()[:, 0]], 1)
         self.seen = [_seen(table.base) for table in ngrams.tables]
         self.tables = (_Table * len(ngrams.tables))(*map(_table, ngrams.tables, self.seen))
+        self.reach = max(table.order for table in ngrams.tables) - 1
 
     @classmethod
     def of(cls, ngrams: NGramBias) -> "_Tables":
@@ -177,10 +178,9 @@ def add_ngrams(
     scores: Tensor, tokens: Tensor, ngrams: NGramBias, factor: Tensor | None = None, *, centred: bool = False,
     plausibility: float = 0.0, drop: bool = False, clip: float = math.inf, budget: float = math.inf,
 ) -> Tensor:  # fmt: skip
-    reach = max(table.order for table in ngrams.tables) - 1
-    if clip < math.inf or budget < math.inf or len(ngrams.tables) > 2 or tokens.shape[1] < reach:
-        return NotImplemented
     native = _Tables.of(ngrams)
+    if clip < math.inf or budget < math.inf or len(native.tables) > 2 or tokens.shape[1] < native.reach:
+        return NotImplemented
     scores = scores.contiguous()
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # the last columns of a history, often
     out = torch.empty_like(scores)

@@ -3,6 +3,7 @@
 tokens int64 [rows, length] are ids, oldest first; -1 stands for "no token".
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -179,6 +180,7 @@ def loop_guard(
     return (scores.scatter_reduce_ if in_place else scores.scatter_reduce)(1, following, lowered, "amin")
 
 
+@functools.cache
 def longest_match(strength: float, base: float, length: int, cap: float) -> int:
     """The L from which the penalty of `loop_guard` is its cap."""
     return length + max(0, math.ceil(math.log(cap / strength) / math.log(base)))

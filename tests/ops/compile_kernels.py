@@ -51,13 +51,16 @@ def calls() -> None:
         call(*test_distributions.rows(2, 5000, count))
     for name, (rule, made, options) in test_history.RULES.items():
         if name != "clip":
-            ops.add_ngrams(*test_history.case(rule, 50, 64, 4, 3, **made), **options)
+            for factor in (None, torch.rand(4, 1)):
+                ops.add_ngrams(*test_history.case(rule, 50, 64, 4, 3, **made), factor, **options)
     ops.loop_guard(*test_history.loop_case(), *test_history.DRY)
     texts = np.random.default_rng(0).integers(0, 4, (50, 9))
     index = PhraseIndex(texts, 30, 1, 4, 2, True, breakers=(3,), silent=(1,))
     some = torch.from_numpy(texts[:25, :4])
     kernels.lower_phrases(torch.randn(25, 37), some, torch.full((25,), 3), index, torch.rand(4))
-    kernels.spread(torch.randn(2, 8), torch.zeros(1, 50, dtype=torch.int64))
+    scores, mapping = torch.randn(2, 8, dtype=torch.bfloat16), torch.zeros(2, 50, dtype=torch.int32)
+    kernels.spread(scores, mapping[:1])
+    kernels.spread(scores, mapping, torch.randn(50), torch.randn(2, 50, dtype=torch.bfloat16))
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..history import NGramBias, NGramTable, longest_match
+from .rows import LOWEST
 
 BLOCK = 1024  # scores
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # in place of -inf, which has no difference to itself
 
 
-def rows_of(scores: Tensor) -> Tensor:
+def with_unit_stride(scores: Tensor) -> Tensor:
     """Themselves where the scores of a row lie side by side, however far the next row is."""
     return scores if scores.stride(1) == 1 else scores.contiguous()
 
@@ -199,7 +199,7 @@ def add_ngrams(
     out = torch.empty(scores.shape, device=scores.device)
     if not out.numel():
         return out
-    scores, plain = rows_of(scores), not (centred or plausibility)
+    scores, plain = with_unit_stride(scores), not (centred or plausibility)
     blocks = triton.cdiv(width, BLOCK)
     for number, table in enumerate(ngrams.tables):
         source = out if number else scores if plain else None
@@ -220,7 +220,7 @@ def add_ngrams(
 def _add_table(table: NGramTable, tokens: Tensor, factor: Tensor | None, source: Tensor | None, out: Tensor) -> None:
     """out = source + the bias of one table."""
     rows, width = out.shape
-    tokens = rows_of(tokens)
+    tokens = with_unit_stride(tokens)
     begins, ends = tokens.new_empty(2, rows, table.order)
     weights = out.new_empty(rows)
     _look_up_kernel[rows,](
