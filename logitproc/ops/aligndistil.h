@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "rows.h"
+#include "tilt.h"
 
 namespace {
 
@@ -19,11 +19,12 @@ struct LogSoftmax {
 extern "C" {
 
 // `extrapolated`: plus, minus, anchor, out [rows, width]; coefficient [rows]; a constant of NaN stands for "adaptive",
-// and tokens more than `implausible` below the anchor's best are forbidden.
+// tokens more than `implausible` below the anchor's best are forbidden, and a cap of infinity is none.
 void extrapolated(const float* plus, const float* minus, const float* anchor, float* out, float* coefficient,
                   int64_t rows, int64_t width, float constant, float r, float eps, float low, float high,
-                  float implausible, float anchor_weight, int64_t threads) {
-  for_rows(rows, width, threads, [=](int64_t row) {
+                  float cap, float implausible, float anchor_weight, int64_t threads) {
+  const bool capped = cap < kInfinity;
+  for_rows(rows, width, threads, capped ? width : 0, [=](int64_t row, float* changes) {
     const float *px = plus + row * width, *mx = minus + row * width, *ax = anchor + row * width;
     float* z = out + row * width;
     LogSum plus_sum, minus_sum, anchor_sum;
@@ -65,16 +66,31 @@ void extrapolated(const float* plus, const float* minus, const float* anchor, fl
       const float *p = px + start, *m = mx + start, *c = ax + start;
       const LogSoftmax lp = log_p, lq = log_q, lc = log_anchor;  // copies, or they are read again for every token
       const float weight = anchor_weight, slope = a, least = lc.top - implausible;
-      float* to = z + start;
+      float change[kBlock], *to = z + start;
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const bool may = (p[i] > -kInfinity) & (c[i] > -kInfinity) & (c[i] >= least);
         const float ratio = std::min(std::max(lp(p[i]) - lq(m[i]), -1e4f), 1e4f);  // FARTHEST
         const float d = m[i] > -kInfinity ? ratio : 0.0f;
-        to[i] = may ? weight * lc(c[i]) + slope * d : -kInfinity;
+        change[i] = may ? slope * d : 0.0f;
+        to[i] = may ? weight * lc(c[i]) : -kInfinity;
       }
+      if (capped) {
+        std::copy(change, change + n, changes + start);
+        return;
+      }
+      for (int64_t i = 0; i < n; ++i) to[i] += change[i];
       total.add(to, n);
     });
+    if (capped) {
+      const float s = within_budget(z, changes, width, cap);
+      coefficient[row] *= s;
+      for_blocks(width, [&](int64_t start, int64_t n) {
+        float* to = z + start;
+        for (int64_t i = 0; i < n; ++i) to[i] += s * changes[start + i];
+        total.add(to, n);
+      });
+    }
     const bool left = total.total > 0;
     const LogSoftmax log_z(left ? total : anchor_sum);
     const float* from = left ? z : ax;  // a row with nothing left is the anchor

@@ -5,6 +5,7 @@
 #include "fusion.h"
 #include "history.h"
 #include "rows.h"
+#include "tilt.h"
 #include "vq.h"
 
 extern "C" {

@@ -61,6 +61,15 @@ def nll(scores: Tensor, target: Tensor) -> Tensor:
     return out
 
 
+def within_budget(scores: Tensor, bias: Tensor, nats: float) -> Tensor:
+    given = rows_of(scores, bias)
+    if given is None or not scores.numel():
+        return NotImplemented
+    s = torch.empty(*scores.shape[:-1], 1)
+    call("within_budget", *given, s, s.numel(), scores.shape[-1], float(nats))
+    return s
+
+
 def divergences(base: Tensor, processed: Tensor) -> tuple[Tensor, ...]:
     given = rows_of(base, processed)
     if given is None or not base.shape[1]:
@@ -76,11 +85,11 @@ def extrapolated(
     clamp: tuple[float, float], kl_cap: float | None, plausibility: float, anchor_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = rows_of(plus, minus, anchor)
-    if given is None or kl_cap is not None or not plus.numel():
+    if given is None or not plus.numel():
         return NotImplemented
     out, a = torch.empty(plus.shape), torch.empty(plus.shape[:-1])
-    implausible = -math.log(plausibility) if plausibility else math.inf
-    numbers = (math.nan if constant is None else constant, r, eps, *clamp, implausible, anchor_weight)
+    cap, implausible = math.inf if kl_cap is None else kl_cap, -math.log(plausibility) if plausibility else math.inf
+    numbers = (math.nan if constant is None else constant, r, eps, *clamp, cap, implausible, anchor_weight)
     call("extrapolated", *given, out, a, a.numel(), plus.shape[-1], *map(float, numbers))
     return out, a
 

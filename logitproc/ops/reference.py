@@ -45,7 +45,8 @@ def plausible(p: Tensor, alpha: float) -> Tensor:
     return p >= alpha * p.amax(-1, keepdim=True)
 
 
-def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 20) -> Tensor:
+@op
+def within_budget(scores: Tensor, bias: Tensor, nats: float) -> Tensor:
     """s [..., 1], the largest s in [0, 1] with KL(softmax(scores + s bias), softmax(scores)) <= nats.
 
     KL grows with s (its derivative is s Var_q(bias)), so bisection is safe; s = 1 where that fits.
@@ -59,7 +60,7 @@ def within_budget(scores: Tensor, bias: Tensor, nats: float, steps: int = 20) ->
 
     low, high = torch.zeros_like(scores[..., :1]), torch.ones_like(scores[..., :1])
     whole = divergence(high) <= nats
-    for _ in range(steps):
+    for _ in range(20):
         middle = (low + high) / 2
         fits = divergence(middle) <= nats
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)

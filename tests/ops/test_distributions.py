@@ -78,6 +78,11 @@ def teacher(**options):
     return lambda *scores: aligndistil.teacher(*scores[:2], scores[-1 if len(scores) > 2 else 0], **options)
 
 
+def within_budget(scores: Tensor, others: Tensor) -> Tensor:
+    change = torch.where(scores > -INF, others - scores, 0.0).nan_to_num(neginf=-INF, nan=0.0)
+    return ops.within_budget(scores, 3 * change, 0.3)
+
+
 # operation -> (how many score tensors it takes, a call of it)
 CASES: dict[str, Any] = {
     "newton R": (3, functools.partial(newton, target="R")), "newton F": (3, functools.partial(newton, target="F")),
@@ -86,6 +91,8 @@ CASES: dict[str, Any] = {
     "teacher": (2, teacher()), "teacher of three": (3, teacher(r=2.0, tvd_units="code", clamp=(0.1, 1.5))),
     "teacher masked": (3, teacher(coefficient=1.5, plausibility=0.1)),
     "teacher without anchor": (2, teacher(coefficient=1.0, anchor_weight=0.0, plausibility=0.1)),
+    "teacher capped": (3, teacher(coefficient=2.0, kl_cap=0.2)),
+    "within_budget": (2, within_budget),
     "divergences": (2, lambda *scores: ops.divergences(*scores)),
     "nll": (2, lambda *scores: ops.nll(scores[0].to(scores[1].dtype), scores[1].argmax(-1))),
 }  # fmt: skip

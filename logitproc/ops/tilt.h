@@ -1,0 +1,133 @@
+// tilt.py and `within_budget`, for one row.
+
+#pragma once
+
+#include <utility>
+
+#include "rows.h"
+
+namespace {
+
+inline double positive(double x) { return x < 0 ? 0 : x; }  // NaN stays
+
+// Sums of w = exp(x - top), w d and w d^2 over a row, in float32 within a block and in float64 from block to block.
+struct Moments {
+  double top = -std::numeric_limits<double>::infinity(), total = 0, first = 0, second = 0;
+
+  void add(const float* x, const float* d, int64_t n) {
+    const float high = maximum(x, n);
+    if (!(high > -kInfinity)) return;  // a block may be forbidden
+    float t = 0, f = 0, s = 0;
+#pragma omp simd reduction(+ : t, f, s)
+    for (int64_t i = 0; i < n; ++i) {
+      const float w = exponential(x[i] - high), wd = w * d[i];
+      t += w;
+      f += wd;
+      s += wd * d[i];
+    }
+    if (high > top) {
+      const double less = std::exp(top - high);
+      total *= less;
+      first *= less;
+      second *= less;
+      top = high;
+    }
+    const double less = std::exp(high - top);
+    total += less * t;
+    first += less * f;
+    second += less * s;
+  }
+  double log_z() const { return top + std::log(total); }
+  double mean() const { return first / total; }
+  double variance() const { return positive(second / total - mean() * mean()); }
+};
+
+// P_a ~ exp(log_w + a d), a row of `tilt.Family` with one direction. d is finite.
+struct Tilt {
+  const float *log_w, *d;
+  int64_t width;
+  double log_z, mean, variance;  // of P_0
+
+  Tilt(const float* log_w, const float* d, int64_t width, const Moments& at_0)
+      : log_w(log_w), d(d), width(width), log_z(at_0.log_z()), mean(at_0.mean()), variance(at_0.variance()) {}
+
+  // {R, F or J of the tilt a, its derivative}
+  std::pair<double, double> divergence(char target, double a) const {
+    Moments m;
+    float x[kBlock];
+    const float slope = static_cast<float>(a);
+    for_blocks(width, [&](int64_t start, int64_t n) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) x[i] = log_w[start + i] + slope * d[start + i];
+      m.add(x, d + start, n);
+    });
+    const double shift = m.mean() - mean, growth = m.log_z() - log_z;
+    if (target == 'R') return {positive(a * m.mean() - growth), a * m.variance()};
+    if (target == 'F') return {positive(growth - a * mean), shift};
+    return {positive(a * shift), shift + a * m.variance()};
+  }
+
+  // `tilt.root`: {a in [0, high] with R, F or J = nats, whether it lies beyond high}; a is float32 throughout, as the fused scores see it.
+  std::pair<float, bool> root(char target, double nats, float high, int64_t steps) const {
+    const double goal = std::sqrt(2 * nats);
+    const double start = goal / std::sqrt(variance) / (target == 'J' ? std::sqrt(2.0) : 1.0);
+    float a = std::isnan(start) ? 0 : static_cast<float>(std::min<double>(start, high));
+    double low = 0, upper = std::numeric_limits<double>::infinity();
+    for (int64_t step = 0; step < steps; ++step) {
+      const auto [f, slope] = divergence(target, a);
+      if (a == high && f < nats) return {high, true};
+      const double s = std::sqrt(2 * f);
+      if (f <= nats) low = a;
+      if (f >= nats) upper = a;
+      double next = a - (s - goal) * s / slope;
+      if (std::isinf(upper)) next = next < high ? next : high;  // NaN too
+      const bool inside = next >= low && next <= upper;
+      a = static_cast<float>(inside ? next : (low + std::min<double>(upper, high)) / 2);
+      if (std::abs(s - goal) <= 3e-4 * goal) return {a, false};
+    }
+    const bool late = divergence(target, high).first < nats;  // still on its way there
+    return {late ? high : a, late};
+  }
+};
+
+// The largest s in [0, 1] with KL(P_s || P_0) <= nats, for P_s ~ exp(log_w + s d) and finite d; 1e-5 less of nats, so
+// that rounding exceeds no budget.
+inline float within_budget(const float* log_w, const float* d, int64_t width, double nats) {
+  Moments at_0;
+  for_blocks(width, [&](int64_t start, int64_t n) { at_0.add(log_w + start, d + start, n); });
+  if (!(at_0.total > 0 && nats >= 0)) return 0;
+  return Tilt(log_w, d, width, at_0).root('R', nats * (1 - 1e-5), 1.0f, 12).first;
+}
+
+}  // namespace
+
+extern "C" {
+
+// scores, bias [rows, width] -> s [rows]
+void within_budget(const float* scores, const float* bias, float* s, int64_t rows, int64_t width, float nats,
+                   int64_t threads) {
+  for_rows(rows, width, threads, 2 * width, [=](int64_t row, float* log_w) {
+    const float *x = scores + row * width, *b = bias + row * width;
+    float* d = log_w + width;
+    const float top = maximum(x, width);
+    LogSum all, rest;  // what the bias forbids is forbidden for every s > 0, and costs its share of the budget
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      float y[kBlock];
+      const float *xs = x + start, *bs = b + start;
+      float *ws = log_w + start, *ds = d + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const bool stays = bs[i] > -kInfinity;
+        y[i] = xs[i] - top;
+        ws[i] = stays ? y[i] : -kInfinity;
+        ds[i] = stays ? bs[i] : 0.0f;
+      }
+      all.add(y, n);
+      rest.add(ws, n);
+    });
+    const double left = nats + (rest.top - all.top) + std::log(rest.total / all.total);
+    s[row] = within_budget(log_w, d, width, left);
+  });
+}
+
+}  // extern "C"
