@@ -100,20 +100,22 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
     without a token that all allow. What the host forbids, or an expert with another alpha, is forbidden; where
     only the base forbids, d is 0.
     """
-    if mode == "newton":
-        return Fusion(*newton(host, base, experts[0], target, *bounds[0], steps))
+    if mode in ("newton", "grid"):
+        points = _points(*bounds[0]) if mode == "grid" else None
+        return Fusion(*fuse_one(host, base, experts[0], points, target, *bounds[0], steps))
     if weights is None:
         weights = _columns([1 / len(experts)] * len(experts), host)
     return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, steps)
 
 
 @op
-def newton(
-    host: Tensor, base: Tensor, expert: Tensor, target: tilt.Target, low: float, high: float, steps: int
-) -> tuple[Tensor, ...]:
-    """The fields of `Fusion`; see `fuse`."""
-    weights = torch.ones_like(host[:, :1])
-    return _fuse(host, base, [expert], weights, "newton", target, [(low, high)], "level", 0.0, 0.0, steps)
+def fuse_one(
+    host: Tensor, base: Tensor, expert: Tensor, points: range | None, target: tilt.Target, low: float, high: float,
+    steps: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The fields of `Fusion`, by "grid" over k / 10 for k in `points`, or where these are None by "newton"."""
+    mode, weights = "newton" if points is None else "grid", torch.ones_like(host[:, :1])
+    return _fuse(host, base, [expert], weights, mode, target, [(low, high)], "level", 0.0, 0.0, steps)
 
 
 def _fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, *options: Any) -> Fusion:

@@ -94,15 +94,17 @@ def extrapolated(
     return out, a
 
 
-def newton(
-    host: Tensor, base: Tensor, expert: Tensor, target: str, low: float, high: float, steps: int
+def fuse_one(
+    host: Tensor, base: Tensor, expert: Tensor, points: range | None, target: str, low: float, high: float, steps: int
 ) -> tuple[Tensor, ...]:
     given = rows_of(host, base, expert)
     if given is None or not host.shape[1]:
         return NotImplemented
     out, numbers = torch.empty_like(given[0]), host.new_empty(3, len(host))
     flags = torch.empty(2, len(host), dtype=torch.bool)
-    call("newton", *given, out, *numbers, *flags, *host.shape, ord(target), float(low), float(high), steps)
+    first, count = (0, 0) if points is None else (points[0], len(points))
+    call("fuse_one", *given, out, *numbers, *flags, *host.shape, first, count, ord(target), float(low), float(high),
+         steps)  # fmt: skip
     alpha, kl, reverse_kl = numbers[:, :, None]
     return out, alpha, kl, reverse_kl, flags[0], flags[1, :, None]
 

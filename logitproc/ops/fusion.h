@@ -79,10 +79,11 @@ struct Mixture {
 
 extern "C" {
 
-// host, base, expert, out [rows, width]; alpha, kl, reverse_kl [rows]; beyond, dead bool [rows]. target is R, F or J.
-void newton(const float* host, const float* base, const float* expert, float* out, float* alpha, float* kl,
-            float* reverse_kl, bool* beyond, bool* dead, int64_t rows, int64_t width, int64_t target, float low,
-            float high, int64_t steps, int64_t threads) {
+// host, base, expert, out [rows, width]; alpha, kl, reverse_kl [rows]; beyond, dead bool [rows]. target is R, F or J; with
+// points > 0 alpha is the best of first_point / 10, (first_point + 1) / 10, ... instead.
+void fuse_one(const float* host, const float* base, const float* expert, float* out, float* alpha, float* kl,
+              float* reverse_kl, bool* beyond, bool* dead, int64_t rows, int64_t width, int64_t first_point,
+              int64_t points, int64_t target, float low, float high, int64_t steps, int64_t threads) {
   for_rows(rows, width, threads, width, [=](int64_t row, float* d) {
     const float *h = host + row * width, *b = base + row * width, *e = expert + row * width;
     float* z = out + row * width;  // ln w of the host, until the fused scores are written
@@ -113,8 +114,10 @@ void newton(const float* host, const float* base, const float* expert, float* ou
     beyond[row] = false;
     float a = 0;
     if (!dead[row]) {
+      const Tilt tilt(z, d, width, own);
       const double nats = target == 'R' ? kl[row] : target == 'F' ? reverse_kl[row] : positive(change);
-      std::tie(a, beyond[row]) = Tilt(z, d, width, own).root(static_cast<char>(target), nats, high, steps);
+      if (points) a = tilt.grid(kl[row], reverse_kl[row], first_point, points);
+      else std::tie(a, beyond[row]) = tilt.root(static_cast<char>(target), nats, high, steps);
       a = std::max(a, low);
     }
     alpha[row] = a;

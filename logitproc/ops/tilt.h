@@ -88,6 +88,45 @@ struct Tilt {
     const bool late = divergence(target, high).first < nats;  // still on its way there
     return {late ? high : a, late};
   }
+
+  // `tilt.grid`: the first a = k / 10 with the least (R - kl)^2 + (F - reverse_kl)^2, k = first, first + 1, ...
+  float grid(double kl, double reverse_kl, int64_t first, int64_t points) const {
+    const float excess = std::max(maximum(d, width) - 40.0f, 0.0f);  // so much would overflow; R and F do not see it
+    std::vector<double> total(points), sum(points);
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      float u[kBlock], e[kBlock], ratio[kBlock];
+      const float *w = log_w + start, *direction = d + start;
+      const float less = excess, slope = static_cast<float>(first) / 10;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        u[i] = direction[i] - less;
+        e[i] = exponential(w[i] + slope * u[i]);
+        ratio[i] = exponential(u[i] / 10);
+      }
+      for (int64_t k = 0; k < points; ++k) {
+        float t = 0, s = 0;
+#pragma omp simd reduction(+ : t, s)
+        for (int64_t i = 0; i < n; ++i) {
+          t += e[i];
+          s += e[i] * u[i];
+          e[i] *= ratio[i];
+        }
+        total[k] += t;
+        sum[k] += s;
+      }
+    });
+    int64_t best = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t k = 0; k < points; ++k) {
+      const double a = static_cast<double>(first + k) / 10, growth = std::log(total[k]) - log_z;
+      const double r = a * sum[k] / total[k] - growth - kl, f = growth - a * (mean - excess) - reverse_kl;
+      if (r * r + f * f < least) {
+        least = r * r + f * f;
+        best = k;
+      }
+    }
+    return static_cast<float>(first + best) / 10;
+  }
 };
 
 // The largest s in [0, 1] with KL(P_s || P_0) <= nats, for P_s ~ exp(log_w + s d) and finite d; 1e-5 less of nats, so

@@ -6,11 +6,11 @@ tested. Their speed on a GPU is unmeasured.
 
 from .aligndistil import extrapolated
 from .divergences import divergences, nll
-from .fusion import log_likelihoods, mixture, newton
+from .fusion import fuse_one, log_likelihoods, mixture
 from .heads import spread
 from .history import add_ngrams, loop_guard, lower_phrases
 
 __all__ = [
-    "add_ngrams", "divergences", "extrapolated", "log_likelihoods", "loop_guard", "lower_phrases", "mixture", "newton",
-    "nll", "spread",
+    "add_ngrams", "divergences", "extrapolated", "fuse_one", "log_likelihoods", "loop_guard", "lower_phrases",
+    "mixture", "nll", "spread",
 ]  # fmt: skip

@@ -149,11 +149,11 @@ def _newton_kernel(
     tl.store(flags + rows + row, dead)
 
 
-def newton(
-    host: Tensor, base: Tensor, expert: Tensor, target: str, low: float, high: float, steps: int
+def fuse_one(
+    host: Tensor, base: Tensor, expert: Tensor, points: range | None, target: str, low: float, high: float, steps: int
 ) -> tuple[Tensor, ...]:
     given = side_by_side(host, base, expert)
-    if given is None or not host.numel():
+    if given is None or points is not None or not host.numel():
         return NotImplemented
     rows, width = host.shape
     out, numbers = torch.empty_like(given[0]), host.new_empty(3, rows)
