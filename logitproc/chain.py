@@ -246,6 +246,8 @@ class BoundChain(LogitsProcessor):
     def __init__(self, chain: Chain, prompt: int, attention_mask: Tensor | None):
         self.chain, self.prompt = chain, prompt
         self.padded = None if attention_mask is None else attention_mask[:, :prompt] == 0
+        if self.padded is not None and not bool(self.padded.any()):
+            self.padded = None
         self.supports_continuous_batching = False  # it knows one prompt
         self._gathered = Gathered(chain, prompt)
 

@@ -85,7 +85,7 @@ class Companion:
         if overflow not in ("error", "truncate", "off"):
             raise ValueError(f"overflow must be error, truncate or off, got {overflow!r}.")
         self.model, self.tokenizer, self.overflow = model, tokenizer, overflow
-        self.prompt = _as_function(prompt, tokenizer)
+        self.prompt, self._given_prompt = _as_function(prompt, tokenizer), prompt
         pads = (pad_token_id, getattr(tokenizer, "pad_token_id", None), config.pad_token_id)
         self.pad_token_id = next((pad for pad in pads if pad is not None), None)
         self._ambiguous_pads = {config.bos_token_id, *_listed(config.eos_token_id)}
@@ -176,8 +176,9 @@ class Companion:
 
     def _mask(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None:
-            mask = attention_mask.to(ids.device) != 0
-            return torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=True)
+            mask = attention_mask.to(ids.device, torch.bool)
+            missing = ids.shape[1] - mask.shape[1]
+            return torch.nn.functional.pad(mask, (0, missing), value=True) if missing else mask
         if self.pad_token_id is None:
             return ids >= 0
         padding = (ids == self.pad_token_id).long().cumprod(1).sum(1, keepdim=True)
@@ -253,7 +254,7 @@ class Companion:
             self._unread.append(read_later((history[:, :kept] != state.history).any()))
         else:
             state, kept = _continued(state, history, positions)
-            whole = self._lags and bool((history >= 0).all())
+            whole = bool((history >= 0).all())
         if state is None or kept < history.shape[1]:
             cache = state.cache if state is not None and kept else None
             if cache is None:
@@ -293,16 +294,22 @@ class Companion:
         self, history: Tensor, kept: int, cache: DynamicCache | None, positions: int, whole: bool
     ) -> Tensor:
         """Logits [rows, positions, width] after the last tokens, of which the cache holds the first `kept`."""
-        mask = history >= 0
-        tokens = mask.cumsum(1)  # up to each column
+        rows, length = history.shape
+        mask: Tensor | None = None
+        if whole:  # most texts: nothing is to be masked, and each operation saved counts beside a small model
+            position_ids = torch.arange(kept, length, device=history.device).expand(rows, -1)
+        else:
+            mask = history >= 0
+            tokens = mask.cumsum(1)  # up to each column
+            position_ids = (tokens[:, kept:] - 1).clamp(min=0)
         training = self.model.training
         if training:
             self.model.eval()
         try:
             output = self.model(
                 input_ids=history[:, kept:].clamp(0, self.model.get_input_embeddings().weight.shape[0] - 1),
-                attention_mask=self._attention_mask(mask, kept, whole),
-                position_ids=(tokens[:, kept:] - 1).clamp(min=0),
+                attention_mask=None if mask is None else self._attention_mask(mask, kept),
+                position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=positions,
@@ -312,8 +319,8 @@ class Companion:
                 self.model.train()
         self.forwards += 1
         logits = output.logits[:, -positions:].float()
-        begun = tokens[:, -positions:] > 0
-        logits = torch.where(begun[..., None], logits, 0.0)
+        if mask is not None:
+            logits = torch.where(tokens[:, -positions:, None] > 0, logits, 0.0)
         if logits.device.type == "cpu" and bool(logits.isnan().any()):
             row = int(logits.isnan().flatten(1).any(1).nonzero()[0])
             raise ValueError(
@@ -321,16 +328,13 @@ class Companion:
             )
         return logits
 
-    def _attention_mask(self, mask: Tensor, kept: int, whole: bool) -> Tensor | None:
+    def _attention_mask(self, mask: Tensor, kept: int) -> Tensor:
         """What the model is given for mask [rows, length]; while it lags, in a form that it does not read back.
 
         transformers looks for padding in a mask of two dimensions, for which the host must wait at every step.
         """
-        if self._lags and kept:
-            if whole:
-                return None
-            if mask.shape[1] == kept + 1 and _takes_4d(self.model):
-                return mask[:, None, None]
+        if self._lags and mask.shape[1] == kept + 1 and _takes_4d(self.model):
+            return mask[:, None, None]
         return mask.long()
 
     # --- fits the host ---
@@ -368,6 +372,10 @@ class Companion:
                 f"The companion {self.name} scores {self.width} tokens, the model {width}; they need one "
                 "tokenizer."
             )
+
+    def reads_as(self, other: "Companion") -> bool:
+        """Whether both read the same prompt: the host's, or the same one of their own."""
+        return self._given_prompt == other._given_prompt
 
     def check_length(self, length: int, needed: bool = False) -> None:
         """Raise ContextOverflow when a text of this length is too long; `needed`: having no say is no way out."""

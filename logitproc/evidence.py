@@ -108,7 +108,7 @@ class Gathered:
                 return {index: self._advanced(index, slice(None), history[:, -1:]) for index in self.totals}
             if length == had and (rows := find_parents(self.history, history)) is not None:
                 return {index: total[rows] for index, total in self.totals.items()}
-            if length == had + 1 and (rows := find_parents(self.history, history[:, :-1])) is not None:
+            if length == had + 1 and (rows := _parents(self.history, history[:, :-1])) is not None:
                 return {index: self._advanced(index, rows, history[:, -1:]) for index in self.totals}
             if self.started < length <= had + 1:
                 prompts = find_parents(self.history[:, : self.started], history[:, : self.started])
@@ -152,3 +152,8 @@ class Gathered:
                 f"{name!r} gathers evidence from token to token, and a text of {length} tokens came that does not "
                 "follow from the step before. It cannot be used with assisted decoding."
             )
+
+
+def _parents(old: Tensor, new: Tensor) -> Tensor | slice | None:
+    """As `find_parents`, but a slice where no row has moved: what belongs to the rows need not be copied."""
+    return slice(None) if torch.equal(old, new) else find_parents(old, new)

@@ -27,6 +27,7 @@ its fixed share is Herbster and Warmuth, "Tracking the Best Expert", Machine Lea
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
@@ -373,6 +374,11 @@ class DynamicFusionLogitsProcessor(Processor):
         for key, model in (("base", self.base), *(("expert", expert) for expert in experts)):
             if not isinstance(model, Companion):
                 raise ValueError(f"{key} must be a Companion (Companion.load(NAME)), got {type(model).__name__}.")
+        if any(not expert.reads_as(self.base) for expert in experts):
+            warnings.warn(
+                "An expert and the small base of 'fusion' read different prompts, so their difference is also that of the "
+                "prompts; give both the same one.", stacklevel=3,
+            )  # fmt: skip
         one_of("mode", self.mode, get_args(Mode))
         one_of("target", self.target, get_args(tilt.Target))
         one_of("kind", self.kind, get_args(Kind))

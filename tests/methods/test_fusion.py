@@ -1,6 +1,7 @@
 """Fusion: a worked example, the algebra of every mode, masks, the mixture's bound, and what is refused."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -483,3 +484,15 @@ def test_what_learns_from_generated_tokens_refuses_assistants():
     for made, allowed in ((processor("newton"), True), (processor("mixture"), False),
                           (processor("mixture", evidence_from="none"), True)):  # fmt: skip
         assert made.supports_assisted is allowed
+
+
+def test_experts_and_base_of_different_prompts_are_warned_of():
+    tiny = tiny_companion(WIDTH).model
+    other, base, same = (lp.Companion(tiny, prompt=prompt) for prompt in ([1, 5], [1, 6], [1, 6]))
+    with pytest.warns(UserWarning, match="read different prompts"):
+        DynamicFusionLogitsProcessor((same, other), base)
+    with pytest.warns(UserWarning, match="read different prompts"):
+        DynamicFusionLogitsProcessor(same, tiny_companion(WIDTH))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DynamicFusionLogitsProcessor(same, base)
