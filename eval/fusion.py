@@ -18,12 +18,12 @@ Fixed before the first run:
     the lower end of that of loss(A) - loss(host) is above 0.
   - Closure is (host - A) / (host - ceiling) in loss, the ceiling being the host fine-tuned on that task, also where
     all experts are there; the paper's figure is the ratio ceiling / A in loss, A / ceiling in accuracy.
-  - The default for one expert is the mode with the largest mean closure over the tasks on dev, among those that do
-    not fall below the host on one; the default for several likewise, in the setting where all experts are there and
-    nobody says which task it is.
+  - The default for one expert is the mode with the largest mean closure over the tasks on dev, among those that
+    fall below the host on no task, neither with its expert nor with that of the next task; the default for several
+    likewise, with all experts and nobody saying which task it is, and with all but the task's own.
   - It must beat the expert alone, the dev-tuned static weight and `grid` on at least half of the tasks, and never
-    fall below the host on a task whose expert is there; with several experts it must beat `select` on the mean over
-    tasks. Otherwise the report says so.
+    fall below the host; with several experts it must beat `select` on the mean over tasks. Otherwise the report
+    says so.
 """
 
 import argparse
@@ -44,26 +44,32 @@ import torch
 import logitproc as lp
 from logitproc import cli, metrics
 from logitproc.artifact import write_text
-from logitproc.methods.fusion import fuse
+from logitproc.methods.fusion import UPSCALED, fuse
 from logitproc.scoring import process_positions
 
 SEEDS = (0, 1, 2)
 TRAIN, DEV, TEST = 3000, 150, 120  # documents a task, at most
-SEVERAL_DOCUMENTS = 40  # of dev and of test, where all experts are there
+FEWER_DOCUMENTS = 40  # of dev and of test, but where an expert meets its own task
 RATES = {"small": 1e-3, "host": 5e-4}
 EPOCHS, BATCH, LONGEST = 2, 64, 96
 SCORED = 16  # documents at once
-GRID = [round(0.2 * k, 1) for k in range(11)] + [0.5, 1.5]
-SMALL_SHARES = (0.0, 0.05)
+GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+STATIC_FUSIONS: dict[str, Any] = {"mode": "mixture", "alpha": (0.5, 1.0, 1.5), "beta": 0.0}
 
-SINGLE: dict[str, dict[str, Any]] = {
-    **{f"static {alpha}": {"mode": "static", "alpha": alpha} for alpha in GRID},
+SAFE: dict[str, dict[str, Any]] = {
+    **{f"static {alpha}": {"mode": "static", "alpha": alpha} for alpha in (0.5, 1.0, 1.5)},
+    "upscale 0.3": {"mode": "upscale"},
     "grid": {"mode": "grid"},
     **{f"newton {target}": {"mode": "newton", "target": target} for target in "RFJ"},
     "match": {"mode": "match"},
     "mixture": {"mode": "mixture"},
-    **{f"mixture share {share:g}": {"mode": "mixture", "share": share} for share in SMALL_SHARES},
-    "mixture of host and expert": {"mode": "mixture", "alpha": ()},
+    "mixture of static fusions": STATIC_FUSIONS,
+}
+SINGLE: dict[str, dict[str, Any]] = {
+    **SAFE,
+    **{f"static {alpha}": {"mode": "static", "alpha": alpha} for alpha in GRID},
+    **{f"upscale {beta}": {"mode": "upscale", "beta": beta} for beta in (0.15, 0.6)},
+    "mixture share 0": {"mode": "mixture", "share": 0.0},
     "mixture, even": {"mode": "mixture", "evidence_from": "none"},
 }
 SEVERAL: dict[str, dict[str, Any]] = {
@@ -74,11 +80,19 @@ SEVERAL: dict[str, dict[str, Any]] = {
         for kind in ("level", "shift") for weights in ("uniform", "evidence")
     },
     "mixture": {"mode": "mixture"},
-    "mixture share 0": {"mode": "mixture", "share": 0.0},
-    "mixture, even": {"mode": "mixture", "evidence_from": "none"},
+    "mixture of static fusions": STATIC_FUSIONS,
 }  # fmt: skip
-CANDIDATES = ("static 0.5", "static 1.0", "static 1.5", "grid", "newton R", "newton F", "newton J", "match", "mixture")
-CANDIDATES_SEVERAL = tuple(name for name in SEVERAL if name not in ("mixture share 0", "mixture, even"))
+CANDIDATES, CANDIDATES_SEVERAL = tuple(SAFE), tuple(SEVERAL)
+# A setting says which experts there are, and what is tried with them.
+SETTINGS = {"single": SINGLE, "wrong": SAFE, "several": SEVERAL, "unseen": SEVERAL}
+
+
+def experts_of(setting: str, task: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The tasks whose experts are there: its own, that of the next, all, or all but its own."""
+    following = names[(names.index(task) + 1) % len(names)]
+    others = tuple(name for name in names if name != task)
+    return {"single": (task,), "wrong": (following,), "several": names, "unseen": others}[setting]
+
 
 # --- tasks ---
 
@@ -176,13 +190,14 @@ def train(source: str, rows: list[list[int]], out: Path, rate: float, seed: int)
 class Study:
     """One pair of a host and a small model, its experts and ceilings, and the cells scored with them."""
 
-    def __init__(self, host: str, small: str, data: Path, out: Path, documents: int = TRAIN):
+    def __init__(self, host: str, small: str, data: Path, out: Path, documents: int = TRAIN,
+                 multi_task: bool = True):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.sources = {"host": cli.find_model(host), "small": cli.find_model(small)}
         self.out = out / f"{Path(host).name}-{Path(small).name}"
         self.tokenizer = AutoTokenizer.from_pretrained(self.sources["host"])
-        self.tasks, self.documents = tasks(data), documents
+        self.tasks, self.documents, self.multi_task = tasks(data), documents, multi_task
         self.load = lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def model(self, kind: str, name: str, seed: int) -> Path:
@@ -197,56 +212,60 @@ class Study:
             train(self.sources[kind], rows, folder, RATES[kind], seed)
         return folder
 
-    def cell(self, part: str, task: str, seed: int, experts: tuple[str, ...]) -> dict[str, Any]:
-        """Figures of every document and arm; `experts` is the task itself, or all tasks."""
-        kind = "single" if experts == (task,) else "several"
-        file = self.out / "cells" / f"{kind} {task} {part} {seed}.json"
+    def cell(self, setting: str, part: str, task: str, seed: int) -> dict[str, Any]:
+        """Figures of every document and arm."""
+        file = self.out / "cells" / f"{setting} {task} {part} {seed}.json"
         if not file.exists():
-            write_text(file, json.dumps(self._score(part, task, seed, experts)))
+            clock = time.time()
+            write_text(file, json.dumps(self._score(setting, part, task, seed)))
+            print(f"{file.stem}: {time.time() - clock:.0f} s", file=sys.stderr, flush=True)
             gc.collect()
         return json.loads(file.read_text("utf-8"))
 
     @torch.no_grad()
-    def _score(self, part: str, name: str, seed: int, names: tuple[str, ...]) -> dict[str, Any]:
-        one = len(names) == 1
+    def _score(self, setting: str, part: str, name: str, seed: int) -> dict[str, Any]:
+        names = experts_of(setting, name, tuple(self.tasks))
         companion = lambda path: lp.Companion(self.load(path), pad_token_id=self.tokenizer.eos_token_id)
         host, base = self.load(self.sources["host"]), companion(self.sources["small"])
-        experts = [companion(self.model("small", task, seed)) for task in names]
+        experts = {task: companion(self.model("small", task, seed)) for task in names}
         ceilings = {"ceiling": self.load(self.model("host", name, 0))}
-        if not one:
+        if setting == "several" and self.multi_task:
             ceilings["multi-task ceiling"] = self.load(self.model("host", "all", 0))
+        expert = list(experts.values()) if len(names) > 1 else experts[names[0]]
         chains = {
-            arm: lp.Chain([lp.get("fusion")(expert=experts[0] if one else experts, base=base, **options)])
-            for arm, options in (SINGLE if one else SEVERAL).items()
+            arm: lp.Chain([lp.get("fusion")(expert=expert, base=base, **options)])
+            for arm, options in SETTINGS[setting].items()
         }
         result: dict[str, Any] = {"tokens": [], "arms": {}, "alpha": {}}
-        for ids, mask, labels in self._batches(part, name, one):
+        for ids, mask, labels in self._batches(part, name, None if setting == "single" else FEWER_DOCUMENTS):
             inside = mask[:, :-1].bool() & mask[:, 1:].bool()  # a token follows
             logits = host(input_ids=ids, attention_mask=mask).logits
-            small = [companion(ids, mask, ids.shape[1]) for companion in (base, *experts)]
-            arms = {"host": logits, "base": small[0], "expert": small[1 + names.index(name)]}
-            if not one:
-                arms["average of experts"] = torch.stack([z.log_softmax(-1) for z in small[1:]]).logsumexp(0)
+            said = {task: one(ids, mask, ids.shape[1]) for task, one in {"base": base, **experts}.items()}
+            arms = {"host": logits, "base": said["base"]}
+            if len(names) == 1 or name in names:
+                arms["expert"] = said[name if name in names else names[0]]
+            if len(names) > 1:
+                arms["average of experts"] = torch.stack([said[t].log_softmax(-1) for t in names]).logsumexp(0)
             arms |= {arm: model(input_ids=ids, attention_mask=mask).logits for arm, model in ceilings.items()}
-            rows = [z[:, :-1][inside] for z in (logits, *small)]
+            rows = [z[:, :-1][inside] for z in (logits, *said.values())]
             log_p = rows[0].log_softmax(-1)
             for arm in (*arms, *chains):
                 scores = arms[arm] if arm in arms else process_positions(chains[arm], ids, logits, mask)
                 found = result["arms"].setdefault(arm, {"nll": [], "kl": [], "right": []})
                 _note(found, scores[:, :-1][inside].log_softmax(-1), log_p, ids, inside, labels)
             result["tokens"] += inside.sum(1).tolist()
-            for arm in ("grid", "newton J", "match") if one else ("select", "match level uniform"):
-                settings = {k: v for k, v in (SINGLE if one else SEVERAL)[arm].items() if k != "weights"}
+            for arm in {"single": ("grid", "newton J"), "several": ("select", "match level uniform")}.get(setting, ()):
+                settings = {k: v for k, v in SETTINGS[setting][arm].items() if k != "weights"}
                 alpha = fuse(rows[0], rows[1], rows[2:], **settings).alpha
                 result["alpha"].setdefault(arm, []).extend(alpha.tolist())
         for arm, found in result["alpha"].items():
             result["alpha"][arm] = {"mean": np.mean(found, 0).tolist(), "sd": np.std(found, 0).tolist()}
         return result
 
-    def _batches(self, part: str, name: str, one: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
+    def _batches(self, part: str, name: str, most: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
         """(ids, mask, [(row, label tokens, label, where)]) of documents of like length."""
         task = self.tasks[name]
-        documents = getattr(task, part)[: None if one else SEVERAL_DOCUMENTS]
+        documents = getattr(task, part)[:most]
         encoded = [(*encode(self.tokenizer, task, document), document.label) for document in documents]
         encoded.sort(key=lambda item: len(item[0]))
         for start in range(0, len(encoded), SCORED):
@@ -315,7 +334,7 @@ class Judge:
             "closure": [float(x) for x in self.closure(arm)],
             "loss_ratio": float(self.loss("ceiling") / self.loss(arm)),
             "against_host": [float(x) for x in self.difference(arm, "host")],
-            "against_expert": [float(x) for x in self.difference(arm, "expert")],
+            "against_expert": [float(x) for x in self.difference(arm, "expert")] if "expert" in self.nll else None,
             "accuracy": accuracy.get(arm), "accuracy_ratio": ratio, "accuracy_closure": closure,
         }  # fmt: skip
 
@@ -325,9 +344,13 @@ class Judge:
         return float(low), float(high)
 
 
-def choose(dev: dict[str, Judge], arms: tuple[str, ...]) -> str:
-    """The arm of the largest mean closure on dev among those that fall below the host nowhere."""
-    safe = [arm for arm in arms if not any(judge.falls(arm) for judge in dev.values())] or list(arms)
+def choose(dev: dict[str, Judge], doubtful: dict[str, Judge], arms: tuple[str, ...]) -> str:
+    """The arm of the largest mean closure on dev among those that fall below the host nowhere.
+
+    In `doubtful` the experts are those of other tasks.
+    """
+    falls = lambda arm: any(judge.falls(arm) for judge in (*dev.values(), *doubtful.values()))
+    safe = [arm for arm in arms if not falls(arm)] or list(arms)
     return max(safe, key=lambda arm: np.mean([judge.closure(arm)[0] for judge in dev.values()]))
 
 
@@ -336,7 +359,7 @@ def bound_excess(judge: Judge) -> float:
 
     One seed only: the bound is one of a text.
     """
-    components = ("host", "expert", "static 0.5", "static 1.0", "static 1.5")
+    components = ("host", *(f"upscale {beta}" for beta in UPSCALED))
     best = np.min([judge.nll[arm] for arm in components], 0)
     return float((judge.nll["mixture share 0"] - best).max() - math.log(len(components)))
 
@@ -344,56 +367,61 @@ def bound_excess(judge: Judge) -> float:
 # --- report ---
 
 
-def judge_all(study: Study, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """All figures and verdicts of one pair of models."""
+def judge_all(study: Study, seeds: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """All figures and verdicts of one pair of models; the seeds of each setting."""
     names = tuple(study.tasks)
-    read = lambda part, task, experts: [study.cell(part, task, seed, experts) for seed in seeds]
-    parts = ("dev", "test")
-    single = {part: {task: Judge(read(part, task, (task,))) for task in names} for part in parts}
-    several = {part: {task: Judge(read(part, task, names)) for task in names} for part in parts}
-    tuned = {task: min((f"static {a}" for a in GRID), key=single["dev"][task].loss) for task in names}
-    default = choose(single["dev"], CANDIDATES)
-    default_several = choose(several["dev"], CANDIDATES_SEVERAL)
-    excess = [bound_excess(Judge([cell])) for part in ("dev", "test") for task in names
-              for cell in read(part, task, (task,))]  # fmt: skip
-    test, many = single["test"], several["test"]
-    rivals = {task: ("expert", tuned[task], "grid") for task in names}
+    cells = {(setting, part, task): [study.cell(setting, part, task, seed) for seed in seeds[setting]]
+             for setting in SETTINGS for part in ("dev", "test") for task in names}  # fmt: skip
+    judges = lambda part, setting: {task: Judge(cells[setting, part, task]) for task in names}
+    dev, test = ({setting: judges(part, setting) for setting in SETTINGS} for part in ("dev", "test"))
+    tuned = {task: min((f"static {a}" for a in GRID), key=dev["single"][task].loss) for task in names}
+    default = choose(dev["single"], dev["wrong"], CANDIDATES)
+    several = choose(dev["several"], dev["unseen"], CANDIDATES_SEVERAL)
+    bounded = [(cell, bound_excess(Judge([cell]))) for (setting, *_), found in cells.items() if setting == "single"
+               for cell in found]  # fmt: skip
+    where = lambda setting, holds: [task for task in names if holds(test[setting][task], task)]
+    mean = lambda setting: {
+        arm: float(np.mean([judge.closure(arm)[0] for judge in test[setting].values()]))
+        for arm in test[setting][names[0]].nll
+    }
     return {
-        "seeds": seeds,
-        "size": {key: {task: [len(judge.tokens), int(judge.tokens.sum())] for task, judge in judges.items()}
-                 for key, judges in (("single", test), ("several", many))},
-        "tuned": tuned, "default": default, "default_several": default_several,
-        "single": {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in test.items()},
-        "several": {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in many.items()},
-        "alpha": {task: judge.alpha for task, judge in test.items()},
-        "alpha_several": {task: judge.alpha for task, judge in many.items()},
+        "seeds": seeds, "tuned": tuned, "default": default, "default_several": several,
+        "size": {setting: {task: [len(judge.tokens), int(judge.tokens.sum())] for task, judge in test[setting].items()}
+                 for setting in SETTINGS},
+        **{setting: {task: {arm: judge.figures(arm) for arm in judge.nll} for task, judge in test[setting].items()}
+           for setting in SETTINGS},
+        "alpha_several": {task: judge.alpha for task, judge in test["several"].items()},
         "verdicts": {
-            **{f"{default} beats {rival}": [task for task in names if test[task].beats(default, rivals[task][i])]
-               for i, rival in enumerate(("the expert alone", "the dev-tuned static weight", "grid"))},
-            f"{default} beats every static weight, chosen on test": [
-                task for task in names
-                if all(test[task].beats(default, f"static {a}") for a in GRID)
-            ],
-            f"{default} falls below the host": [task for task in names if test[task].falls(default)],
-            f"several experts: {default_several} beats select": [
-                task for task in names if many[task].beats(default_several, "select")
-            ],
-            f"several experts: {default_several} falls below the host": [
-                task for task in names if many[task].falls(default_several)
-            ],
-            "several experts: select falls below the host": [task for task in names if many[task].falls("select")],
+            f"{default} beats the expert alone": where("single", lambda j, _: j.beats(default, "expert")),
+            f"{default} beats the dev-tuned static weight": where("single", lambda j, t: j.beats(default, tuned[t])),
+            f"{default} beats grid": where("single", lambda j, _: j.beats(default, "grid")),
+            f"{default} beats every static weight, chosen on test": where(
+                "single", lambda j, _: all(j.beats(default, f"static {a}") for a in GRID)),
+            f"{default} falls below the host": where("single", lambda j, _: j.falls(default)),
+            f"{default} falls below the host, with the expert of another task": where(
+                "wrong", lambda j, _: j.falls(default)),
+            "upscale 0.3 falls below the host, with the expert of another task": where(
+                "wrong", lambda j, _: j.falls("upscale 0.3")),
+            f"several experts: {several} beats select": where("several", lambda j, _: j.beats(several, "select")),
+            f"several experts: {several} beats its own expert, which nobody knows": where(
+                "several", lambda j, _: j.beats(several, "expert")),
+            f"several experts: {several} falls below the host": where("several", lambda j, _: j.falls(several)),
+            f"an unseen task: {several} falls below the host": where("unseen", lambda j, _: j.falls(several)),
+            "an unseen task: select falls below the host": where("unseen", lambda j, _: j.falls("select")),
         },
-        "mean_closure_several": {
-            arm: float(np.mean([judge.closure(arm)[0] for judge in many.values()])) for arm in many[names[0]].nll
-        },
-        "largest_excess_over_bound": max(excess), "texts_bounded": sum(len(j.tokens) * len(seeds) for part in
-                                                                      single.values() for j in part.values()),
+        "mean_closure": {setting: mean(setting) for setting in SETTINGS},
+        "largest_excess_over_bound": max(excess for _, excess in bounded),
+        "texts_bounded": sum(len(cell["tokens"]) for cell, _ in bounded),
     }  # fmt: skip
+
+
+TITLES = {"single": "One expert", "wrong": "One expert, of another task", "several": "All experts, the task unknown",
+          "unseen": "All experts but its own"}  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:
     out = []
-    for setting, title in (("single", "One expert"), ("several", "All experts at once, the task unknown")):
+    for setting, title in TITLES.items():
         for task, arms in result[setting].items():
             out += [
                 "\n**{}: {}** ({} documents, {:,} tokens)\n".format(title, task, *result["size"][setting][task]),
@@ -402,15 +430,16 @@ def markdown(result: dict[str, Any]) -> str:
             ]
             tuned = result["tuned"][task] if setting == "single" else None
             for arm, f in arms.items():
-                if arm.startswith("static ") and arm.split()[1] not in ("0.5", "1.0", "1.5", "sum") and arm != tuned:
+                if arm.startswith("static ") and arm not in SAFE and arm != "static sum 1/T" and arm != tuned:
                     continue
                 name = f"{arm} (tuned on dev)" if arm == tuned else arm
+                against_expert = _interval(f["against_expert"]) if f["against_expert"] else ""
                 accuracy = "| | | |" if f["accuracy"] is None else (
                     f"| {f['accuracy']:.3f} | {_number(f['accuracy_ratio'])} | {_number(f['accuracy_closure'])} |"
                 )  # fmt: skip
                 out.append(
                     f"| {name} | {f['loss']:.3f} | {_interval(f['closure'])} | {_interval(f['against_host'])} | "
-                    f"{_interval(f['against_expert'])} | {f['kl']:.3f} | {f['loss_ratio']:.3f} {accuracy}"
+                    f"{against_expert} | {f['kl']:.3f} | {f['loss_ratio']:.3f} {accuracy}"
                 )
     out.append("\n**Mean alpha (several experts): task by expert**\n")
     tasks_ = list(result["single"])
@@ -423,8 +452,9 @@ def markdown(result: dict[str, Any]) -> str:
     out.append("**Verdicts**\n")
     out.append(f"Default for one expert, chosen on dev: {result['default']}; for several: {result['default_several']}.")
     out += [f"- {claim}: {', '.join(found) or 'nowhere'}" for claim, found in result["verdicts"].items()]
-    ranked = sorted(result["mean_closure_several"].items(), key=lambda item: -item[1])
-    out.append("- mean closure with several experts: " + ", ".join(f"{arm} {x:.2f}" for arm, x in ranked))
+    for setting, title in TITLES.items():
+        ranked = sorted(result["mean_closure"][setting].items(), key=lambda item: -item[1])
+        out.append(f"- mean closure, {title.lower()}: " + ", ".join(f"{arm} {x:.3f}" for arm, x in ranked))
     out.append(
         f"- bound of the mixture without share: largest excess over {result['texts_bounded']:,} scored texts "
         f"{result['largest_excess_over_bound']:+.1e} nats (rounding of float32 is about 1e-5 on a text)"
@@ -452,12 +482,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     labels = {"grid": "grid (the paper)", "expert": "small expert alone", "ceiling": "host fine-tuned"}
     for axis, task in zip(axes[0], names, strict=True):
         arms = result["single"][task]
-        line = [(arms[f"static {a}"]["kl"], arms[f"static {a}"]["loss"]) for a in sorted(GRID)]
-        axis.plot(*zip(*line, strict=True), color="C0", lw=1.5, label="static, weight 0 to 2")
-        for a in (0.0, 1.0, 2.0):
-            point = line[sorted(GRID).index(a)]
-            axis.plot(*point, ".", color="C0")
-            axis.annotate(f"{a:g}", point, (4, 4), textcoords="offset points", fontsize=8, color="C0")
+        lines = {"static": ["host", *(f"static {a}" for a in GRID)],
+                 "upscale": ["expert", "upscale 0.15", "upscale 0.3", "upscale 0.6", "static 1.0"]}
+        for color, (label, along) in zip(("C0", "C9"), lines.items(), strict=True):
+            line = [(arms[arm]["kl"], arms[arm]["loss"]) for arm in along]
+            axis.plot(*zip(*line, strict=True), ".-", color=color, lw=1.5, label=label)
         for arm, (mark, color) in marks.items():
             axis.plot(arms[arm]["kl"], arms[arm]["loss"], mark, color=color, ms=12 if mark == "*" else 7,
                       label=labels.get(arm, arm), zorder=3)  # fmt: skip
@@ -488,19 +517,22 @@ def main() -> None:
     parser.add_argument("--host", default="base")
     parser.add_argument("--small", default="mini")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="experts a task")
+    parser.add_argument("--seeds-elsewhere", type=int, default=len(SEEDS), help="where an expert meets other tasks")
+    parser.add_argument("--no-multi-task", dest="multi_task", action="store_false", help="no ceiling of all tasks")
     parser.add_argument("--documents", type=int, default=TRAIN, help="training documents a task, at most")
     args = parser.parse_args()
-    study = Study(args.host, args.small, args.data, args.out, args.documents)
+    study = Study(args.host, args.small, args.data, args.out, args.documents, args.multi_task)
     seeds = SEEDS[: args.seeds]
     if args.stage == "experts":
         for seed in seeds:
             for task in study.tasks:
                 study.model("small", task, seed)
     elif args.stage == "ceilings":
-        for task in (*study.tasks, "all"):
+        for task in (*study.tasks, *(["all"] if args.multi_task else [])):
             study.model("host", task, 0)
     else:
-        result = judge_all(study, seeds)
+        elsewhere = {setting: SEEDS[: args.seeds_elsewhere] for setting in SETTINGS if setting != "single"}
+        result = judge_all(study, {"single": seeds, **elsewhere})
         text = markdown(result)
         print(text)
         write_text(study.out / "report.json", json.dumps(result, indent=1))
