@@ -21,6 +21,8 @@ Fixed before the first run:
   - The default for one expert is the mode with the largest mean closure over the tasks on dev, among those that
     fall below the host on no task, neither with its expert nor with that of the next task; the default for several
     likewise, with all experts and nobody saying which task it is, and with all but the task's own.
+  - That the mixture takes part with one beta, 0.3, was chosen before the run on the dev documents of seed 0: of nine
+    sets none was better by 0.03 nats a token, and it is the smallest. "mixture of three" shows what that costs.
   - It must beat the expert alone, the dev-tuned static weight and `grid` on at least half of the tasks, and never
     fall below the host; with several experts it must beat `select` on the mean over tasks. Otherwise the report
     says so.
@@ -44,7 +46,7 @@ import torch
 import logitproc as lp
 from logitproc import cli, metrics
 from logitproc.artifact import write_text
-from logitproc.methods.fusion import UPSCALED, fuse
+from logitproc.methods.fusion import fuse
 from logitproc.scoring import process_positions
 
 SEEDS = (0, 1, 2)
@@ -63,6 +65,7 @@ SAFE: dict[str, dict[str, Any]] = {
     **{f"newton {target}": {"mode": "newton", "target": target} for target in "RFJ"},
     "match": {"mode": "match"},
     "mixture": {"mode": "mixture"},
+    "mixture of three": {"mode": "mixture", "beta": (0.15, 0.3, 0.6)},
     "mixture of static fusions": STATIC_FUSIONS,
 }
 SINGLE: dict[str, dict[str, Any]] = {
@@ -82,7 +85,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "mixture": {"mode": "mixture"},
     "mixture of static fusions": STATIC_FUSIONS,
 }  # fmt: skip
-CANDIDATES, CANDIDATES_SEVERAL = tuple(SAFE), tuple(SEVERAL)
+CANDIDATES, CANDIDATES_SEVERAL = tuple(arm for arm in SAFE if arm != "mixture of three"), tuple(SEVERAL)
 # A setting says which experts there are, and what is tried with them.
 SETTINGS = {"single": SINGLE, "wrong": SAFE, "several": SEVERAL, "unseen": SEVERAL}
 
@@ -359,7 +362,7 @@ def bound_excess(judge: Judge) -> float:
 
     One seed only: the bound is one of a text.
     """
-    components = ("host", *(f"upscale {beta}" for beta in UPSCALED))
+    components = ("host", "upscale 0.3")
     best = np.min([judge.nll[arm] for arm in components], 0)
     return float((judge.nll["mixture share 0"] - best).max() - math.log(len(components)))
 

@@ -40,15 +40,24 @@ def test_differences_are_paired_and_closure_lies_between_host_and_ceiling():
 def test_the_default_is_the_best_mode_that_falls_below_the_host_nowhere():
     better = {"host": 5.0, "ceiling": 3.0, "expert": 4.0, "grid": 3.2, "mixture": 3.6}
     worse = {**better, "grid": 5.5, "mixture": 4.5}
-    assert fusion.choose({"a": judge(**better)}, ("grid", "mixture")) == "grid"
-    assert fusion.choose({"a": judge(**better), "b": judge(**worse)}, ("grid", "mixture")) == "mixture"
+    choose = lambda dev, doubtful: fusion.choose(dev, doubtful, ("grid", "mixture"))
+    good, bad = judge(**better), judge(**worse)
+    assert choose({"a": good}, {"a": good}) == "grid"
+    assert choose({"a": good, "b": bad}, {}) == "mixture"
+    assert choose({"a": good}, {"a": bad}) == "mixture", "not even with the expert of another task"
+
+
+def test_a_setting_says_which_experts_there_are():
+    names = ("a", "b", "c")
+    found = {setting: fusion.experts_of(setting, "c", names) for setting in fusion.SETTINGS}
+    assert found == {"single": ("c",), "wrong": ("a",), "several": names, "unseen": ("a", "b")}
 
 
 def test_the_bound_is_that_of_every_text():
-    parts = {"host": 4.0, "expert": 3.0, "static_0.5": 3.5, "static_1.0": 3.4, "static_1.5": 3.6}
-    held = judge(**parts, mixture_share_0=3.0 + 0.5 * math.log(5) / 20)
+    parts = {"host": 4.0, "upscale_0.3": 3.0}
+    held = judge(**parts, mixture_share_0=3.0 + 0.5 * math.log(2) / 20)
     assert fusion.bound_excess(held) < 0
-    broken = judge(**parts, mixture_share_0=3.0 + 2.0 * math.log(5) / 20)
+    broken = judge(**parts, mixture_share_0=3.0 + 2.0 * math.log(2) / 20)
     assert fusion.bound_excess(broken) > 0
 
 

@@ -48,7 +48,7 @@ Kind = Literal["level", "shift"]
 FORBIDDEN = -1e30  # a score below it is a mask, whatever finite number a model uses for one
 DEAD = 1e-6  # nats; an expert closer to its base than this says nothing
 GRID = 10  # points a unit
-UPSCALE, UPSCALED = 0.3, (0.15, 0.3, 0.6)  # beta, chosen by `eval/fusion.py`
+UPSCALE = 0.3  # beta: what suits both pairs of models of `eval/fusion.py`, on its dev documents
 CACHED = 1 << 21  # scores; on a CPU, rows are solved so many at a time
 
 
@@ -325,8 +325,8 @@ class DynamicFusionLogitsProcessor(Processor):
         target: which divergence "newton" makes equal, "R", "F" or "J".
         alpha: of "static", a number or one an expert, 1 by default; of "mixture", the static fusions that take
             part, none by default.
-        beta: of "upscale", a number, 0.3 by default; of "mixture", the upscaled experts that take part, 0.15, 0.3
-            and 0.6 by default; 0 is the expert itself.
+        beta: of "upscale", a number, 0.3 by default; of "mixture", a number or several, the upscaled experts that
+            take part, 0.3 by default; 0 is the expert itself.
         bounds: (low, high) of alpha, or one pair an expert; not for "static" and "mixture".
         kind: "level" or "shift", for "match".
         weights: of the experts in "match": "uniform", "evidence", or a number each.
@@ -417,9 +417,7 @@ class DynamicFusionLogitsProcessor(Processor):
         return alpha * self._count if self.mode == "static" and len(alpha) == 1 else alpha
 
     def _read_beta(self) -> list[float]:
-        given = self.beta
-        if given is None:
-            given = UPSCALED if self.mode == "mixture" else UPSCALE
+        given = UPSCALE if self.beta is None else self.beta
         beta = list(given) if isinstance(given, Sequence) else [given]
         for value in beta:
             in_range("beta", value, -1e4, 1e4)
