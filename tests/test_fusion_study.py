@@ -55,7 +55,7 @@ def test_a_setting_says_which_experts_there_are():
 
 def test_the_bound_is_that_of_every_text():
     parts = {"host": 4.0, "upscale_0.3": 3.0}
-    held = judge(**parts, mixture_share_0=3.0 + 0.5 * math.log(2) / 20)
+    held = judge(**parts, mixture_share_0=2.96)
     assert fusion.bound_excess(held) < 0
     broken = judge(**parts, mixture_share_0=3.0 + 2.0 * math.log(2) / 20)
     assert fusion.bound_excess(broken) > 0

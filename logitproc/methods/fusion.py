@@ -376,8 +376,8 @@ class DynamicFusionLogitsProcessor(Processor):
                 raise ValueError(f"{key} must be a Companion (Companion.load(NAME)), got {type(model).__name__}.")
         if any(not expert.reads_as(self.base) for expert in experts):
             warnings.warn(
-                "An expert and the small base of 'fusion' read different prompts, so their difference is also that of the "
-                "prompts; give both the same one.", stacklevel=3,
+                "An expert and the small base of 'fusion' read different prompts, so their difference is also that of "
+                "the prompts; give both the same one.", stacklevel=3,
             )  # fmt: skip
         one_of("mode", self.mode, get_args(Mode))
         one_of("target", self.target, get_args(tilt.Target))
