@@ -101,6 +101,7 @@ class Gathered:
         """What the texts have gathered so far. RuntimeError when that cannot be known."""
         length = history.shape[1]
         if self.history is not None:
+            rows: Tensor | slice | None
             had = self.history.shape[1]
             if self.lags and history.shape == (len(self.history), had + 1):
                 self._settle()
