@@ -190,8 +190,10 @@ def add_ngrams(
     plausibility: float = 0.0, drop: bool = False, clip: float = math.inf, budget: float = math.inf,
 ) -> Tensor:  # fmt: skip
     native = _Tables.of(ngrams)
-    if clip < math.inf or budget < math.inf or len(native.tables) > 2 or tokens.shape[1] < native.reach:
+    if clip < math.inf or budget < math.inf or len(native.tables) > 2:
         return NotImplemented
+    if tokens.shape[1] < native.reach or scores.shape[1] < len(ngrams.allowed):
+        return NotImplemented  # the kernel would read and write outside
     scores = scores.contiguous()
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # the last columns of a history, often
     out = torch.empty_like(scores)

@@ -150,6 +150,12 @@ def test_strided_scores_and_tokens_are_read_as_they_stand(kernels):
     assert kernels.add_ngrams(scores[:0], tokens[:0], ngrams).shape == (0, 128)
 
 
+def test_nothing_is_read_or_written_outside_of_scores_or_tokens_that_are_too_few(kernels):
+    scores, tokens, ngrams = placed(kernels.device, *case("backoff", 50, 64, 2))
+    assert kernels.add_ngrams(scores[:, :49], tokens, ngrams) is NotImplemented
+    assert kernels.add_ngrams(scores, tokens[:, :1], ngrams) is NotImplemented
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_more_scores_than_an_int32_counts():

@@ -196,6 +196,8 @@ def add_ngrams(
     rows, width = scores.shape
     if clip < math.inf or budget < math.inf:
         return NotImplemented
+    if tokens.shape[1] < max(table.order for table in ngrams.tables) - 1 or width < len(ngrams.allowed):
+        return NotImplemented  # the kernel would read and write outside
     out = torch.empty(scores.shape, device=scores.device)
     if not out.numel():
         return out
