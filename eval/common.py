@@ -34,7 +34,7 @@ def script(
             report, about, prints = _score(args, divergence)
             if prints:
                 _publish(args, {"report": name, **about, **figures(report)}, table)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if args.debug:
                 raise
             sentence, status = cli.explain(error)

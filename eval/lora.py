@@ -2,16 +2,16 @@
 
     python eval/lora.py --styles runs/pocket/styles --out runs/study
 
-For each corpus of the study a LoRA adapter of the host sees once every token that the prior counted (ends of documents
-are context only: the prior's EOS steers nothing either) and is merged into a copy of the host, in OUT/MODEL/lora. Its
+For each corpus of the study a LoRA adapter of the host sees the training documents once, up to TOKENS of them (all that
+the prior counted of Don Quixote and the headlines, a part of the abstracts; ends of documents are context only, as the
+prior's EOS steers nothing either), and is merged into a copy of the host, in OUT/MODEL/lora. Its
 arm in the study is static fusion, z + alpha (z_lora - z) with z the host itself: alpha 1 is the fine-tuned model,
 less is a dial between the two, as the strength of `ngram` is. Prompts are those of the reporting half, three seeds;
 texts are judged by the rule at the top of `study.py`. Nothing is chosen on prompts. The judge of style is an n-gram
 model, which favours an n-gram method; so the loss of each on the held-out documents, teacher-forced, stands beside it.
 
 The adapter is the paper's (arXiv:2601.16224, section 4): rank 8, alpha 16, dropout .05, eight rows a step, here on all
-linear layers. Its rate, 2e-4, is far too low for one pass over a model of this size: RATE is the best of 1e-3, 3e-3
-and 1e-2 by the training loss in the last quarter of a pass over Don Quixote (`--rates`), before any text was made.
+linear layers. Its rate, 2e-4, and its 800 steps are for a model 170 times as large; RATE was not tuned.
 """
 
 import argparse
@@ -33,42 +33,42 @@ from logitproc.corpus import documents
 from logitproc.methods.ngram import OFF
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
-RATE, BATCH, WINDOW = 3e-3, 8, 512
+RATE, BATCH, WINDOW, TOKENS = 2e-3, 8, 512, 600_000
 STRENGTHS = (0.5, 1.0)
-HELD_OUT_DOCUMENTS = {"quixote": 4, "headlines": 1000, "arxiv": 200}
+HELD_OUT_DOCUMENTS = {"quixote": 2, "headlines": 400, "arxiv": 40}
 
 
 def windows(tokenizer: Any, texts: Iterable[str]) -> list[dict[str, list[int]]]:
     """The documents as one stream `document </s> document </s> ...`, cut into rows; an end is no label."""
     eos, stream = tokenizer.eos_token_id, []
     for text in texts:
+        if len(stream) >= TOKENS:
+            break
         stream += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], eos]
     rows = [stream[start : start + WINDOW] for start in range(0, len(stream) - WINDOW + 1, WINDOW)]
     return [{"input_ids": row, "labels": [-100 if token == eos else token for token in row]} for row in rows]
 
 
-def train(source: str, rows: list[dict[str, list[int]]], rate: float, seed: int = 0) -> tuple[Any, dict[str, float]]:
+def train(source: str, rows: list[dict[str, list[int]]], seed: int = 0) -> tuple[Any, dict[str, float]]:
     """One pass of LoRA over the rows: the merged model, and what training took. The same seed gives the same model."""
     import peft
     import torch
-    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
     arguments = TrainingArguments(
-        output_dir="unused", learning_rate=rate, num_train_epochs=1, per_device_train_batch_size=BATCH, seed=seed,
+        output_dir="unused", learning_rate=RATE, num_train_epochs=1, per_device_train_batch_size=BATCH, seed=seed,
         warmup_steps=0.05, lr_scheduler_type="linear", bf16=True, use_cpu=not torch.cuda.is_available(),
-        save_strategy="no", report_to="none", logging_steps=10, disable_tqdm=True, logging_first_step=True,
+        save_strategy="no", report_to="none", logging_steps=10, logging_first_step=True,
     )  # fmt: skip
     clock, trainer = time.time(), Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    last = losses[-max(1, len(losses) // 4) :]
-    about = {"rate": rate, "tokens": WINDOW * len(rows), "steps": trainer.state.global_step,
+    about = {"tokens": WINDOW * len(rows), "steps": trainer.state.global_step,
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-             "seconds": time.time() - clock, "first_loss": losses[0], "last_loss": sum(last) / len(last)}  # fmt: skip
+             "seconds": time.time() - clock, "first_loss": losses[0], "last_loss": losses[-1]}  # fmt: skip
     return model.merge_and_unload(), about
 
 
@@ -78,14 +78,12 @@ class LoRA:
     def __init__(self, study: Study, source: str):
         self.study, self.source = study, source
 
-    def rows(self, corpus: str) -> list[dict[str, list[int]]]:
-        return windows(self.study.tokenizer, documents(self.study.styles / corpus / "train.jsonl"))
-
     def model(self, corpus: str) -> Path:
         """The folder of the host fine-tuned on a corpus."""
         folder = self.study.out / "lora" / f"{corpus}-{RATE:g}"
         if not folder.exists():
-            merged, about = train(self.source, self.rows(corpus), RATE)
+            texts = documents(self.study.styles / corpus / "train.jsonl")
+            merged, about = train(self.source, windows(self.study.tokenizer, texts))
             new = folder.with_name(folder.name + ".new")
             merged.save_pretrained(new)
             self.study.tokenizer.save_pretrained(new)
@@ -125,21 +123,16 @@ class LoRA:
         return result
 
 
-def run(lora: LoRA) -> dict[str, dict]:
-    """Judgements of LoRA and of the default on the prompts of the study: {corpus: {arm: {strength: judgement}}}."""
-    result: dict[str, dict] = {}
-    for corpus in CORPORA:
-        table = lambda t, corpus=corpus: lora.study.table(corpus, "unsteered", 0.0, SAMPLE | {"temperature": t}, SEEDS)
+    def judged(self, corpus: str) -> dict[str, dict[str, Any]]:
+        """Judgements of unsteered text, the default of the study and LoRA: {arm: {strength: judgement}}."""
+        table = lambda t: self.study.table(corpus, "unsteered", 0.0, SAMPLE | {"temperature": t}, SEEDS)
         plain, controls = table(1.0), [table(t) for t in TEMPERATURES]
-        judged = lambda cells, plain=plain, controls=controls: study.judge(cells, plain, controls)
-        default = lambda s, corpus=corpus: lora.study.table(corpus, study.DEFAULT, s, SAMPLE, SEEDS)
-        result[corpus] = {
-            "unsteered": {"1": judged(plain)},
-            study.DEFAULT: {f"{s:g}": judged(default(s)) for s in STRENGTHS},
-            "lora": {f"{s:g}": judged(lora.table(corpus, s)) for s in STRENGTHS},
+        default = lambda s: self.study.table(corpus, study.DEFAULT, s, SAMPLE, SEEDS)
+        return {
+            "unsteered": {"1": study.judge(plain, plain, controls)},
+            study.DEFAULT: {f"{s:g}": study.judge(default(s), plain, controls) for s in STRENGTHS},
+            "lora": {f"{s:g}": study.judge(self.table(corpus, s), plain, controls) for s in STRENGTHS},
         }
-        print(study.line(corpus, "lora", result[corpus]["lora"]), file=sys.stderr, flush=True)
-    return result
 
 
 if __name__ == "__main__":
@@ -150,19 +143,15 @@ if __name__ == "__main__":
     parser.add_argument("--styles", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
-    parser.add_argument("--rates", type=float, nargs="+", help="only train on Don Quixote, once with each")
     args = parser.parse_args()
     reporting = args.prompts.read_text(encoding="utf-8").splitlines()[1::2]
     lora = LoRA(Study(args.model, args.styles, args.out, reporting), cli.find_model(args.model))
-    if args.rates:
-        for rate in args.rates:
-            print(json.dumps(train(lora.source, lora.rows("quixote"), rate)[1]), flush=True)
-        sys.exit()
-    document = {
-        "sample": run(lora),
-        "held_out": {corpus: lora.held_out(corpus) for corpus in CORPORA},
-        "training": {c: json.loads((lora.model(c) / "training.json").read_text("utf-8")) for c in CORPORA},
-    }
+    document: dict[str, dict] = {"sample": {}, "held_out": {}, "training": {}}
+    for corpus in CORPORA:
+        document["sample"][corpus] = lora.judged(corpus)
+        document["held_out"][corpus] = lora.held_out(corpus)
+        document["training"][corpus] = json.loads((lora.model(corpus) / "training.json").read_text("utf-8"))
+        print(study.line(corpus, "lora", document["sample"][corpus]["lora"]), file=sys.stderr, flush=True)
+        write_text(lora.study.out / "lora.json", json.dumps(document, indent=1))
     print(study.markdown(document["sample"]))
     print(json.dumps({key: document[key] for key in ("held_out", "training")}, indent=1))
-    write_text(lora.study.out / "lora.json", json.dumps(document, indent=1))

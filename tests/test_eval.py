@@ -196,6 +196,15 @@ def test_a_failure_that_is_not_the_users_ends_with_status_1(run, here, capsys, m
     assert "out of memory" in capsys.readouterr().err
 
 
+def test_an_interruption_is_one_sentence(run, here, capsys, monkeypatch):
+    def step(self, tokens, scores):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Nudge, "step", step)
+    assert run("perplexity", *common_flags(here), "--proc", "nudge") == 2
+    assert capsys.readouterr().err == "perplexity: Interrupted.\n"
+
+
 @pytest.mark.parametrize("script", ["perplexity", "js_divergence"])
 def test_help_needs_no_torch(script):
     code = (
