@@ -17,6 +17,7 @@ linear layers. Its rate, 2e-4, and its 800 steps are for a model 170 times as la
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,13 +59,14 @@ def train(source: str, rows: list[dict[str, list[int]]], seed: int = 0) -> tuple
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
-    arguments = TrainingArguments(
-        output_dir="unused", learning_rate=RATE, num_train_epochs=1, per_device_train_batch_size=BATCH, seed=seed,
-        warmup_steps=0.05, lr_scheduler_type="linear", bf16=True, use_cpu=not torch.cuda.is_available(),
-        save_strategy="no", report_to="none", logging_steps=10, logging_first_step=True,
-    )  # fmt: skip
-    clock, trainer = time.time(), Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as nothing:
+        arguments = TrainingArguments(
+            output_dir=nothing, learning_rate=RATE, num_train_epochs=1, per_device_train_batch_size=BATCH, seed=seed,
+            warmup_steps=0.05, lr_scheduler_type="linear", bf16=True, use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", report_to="none", logging_steps=10, logging_first_step=True,
+        )  # fmt: skip
+        clock, trainer = time.time(), Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     about = {"tokens": WINDOW * len(rows), "steps": trainer.state.global_step,
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -121,7 +123,6 @@ class LoRA:
             result[arm] = {"nll": report.mean["nll"], "delta": report.mean["delta_nll"],
                            "delta_error": report.error["delta_nll"], "tokens": report.tokens}  # fmt: skip
         return result
-
 
     def judged(self, corpus: str) -> dict[str, dict[str, Any]]:
         """Judgements of unsteered text, the default of the study and LoRA: {arm: {strength: judgement}}."""

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+import lora  # noqa: E402
 import study  # noqa: E402
 
 
@@ -83,3 +86,23 @@ def test_the_control_curve_is_interpolated_between_temperatures():
     distance = study.curve_distance(cells(3.8, 6.0), [PLAIN, *CONTROLS])
     assert distance["mean"] == pytest.approx(-1.0, abs=0.05)
     assert distance["low"] < distance["mean"] < distance["high"]
+
+
+def test_lora_reads_documents_in_rows_and_learns_no_end(monkeypatch):
+    monkeypatch.setattr(lora, "WINDOW", 4)
+    monkeypatch.setattr(lora, "TOKENS", 6)
+    encode = lambda text, **_: {"input_ids": [int(word) for word in text.split()]}
+    tokenizer = type("Tokenizer", (), {"eos_token_id": 9, "__call__": lambda self, text, **_: encode(text)})()
+    rows = lora.windows(tokenizer, ["1 2 3", "4 5 6", "7 8 1 2"])  # the third is beyond TOKENS
+    assert [row["input_ids"] for row in rows] == [[1, 2, 3, 9], [4, 5, 6, 9]]
+    assert [row["labels"] for row in rows] == [[1, 2, 3, -100], [4, 5, 6, -100]]
+
+
+def test_lora_of_the_same_seed_gives_the_same_model(tmp_path):
+    pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path)
+    rows = [{"input_ids": [1, 2, 3, 4] * 4, "labels": [1, 2, 3, 4] * 4}] * 16
+    models = [lora.train(str(tmp_path), rows)[0].state_dict() for _ in range(2)]
+    before = tiny_model().state_dict()
+    assert all(torch.equal(models[0][key], models[1][key]) for key in before)  # merged: no other keys
+    assert any(not torch.equal(models[0][key], before[key]) for key in before)
