@@ -363,6 +363,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="default: all, or the candidates")
+    parser.add_argument("--grid", type=float, nargs="+", default=GRID, help="strengths of `report`")
+    parser.add_argument("--parts", nargs="+", default=["sample", "rivals", "greedy"], help="of `report`",
+                        choices=("sample", "rivals", "greedy"))  # fmt: skip
     args = parser.parse_args()
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = prompts[1::2] if args.stage == "report" else prompts[0::2]
@@ -381,13 +384,14 @@ if __name__ == "__main__":
         for arm, strength, gain in safe_settings(document["sample"]):
             print(f"safe on all corpora: {arm} at {strength}, mean held-out gain {gain:.2f}")
     else:
-        arms = args.arms or ["paper", DEFAULT]
-        document = {
-            "sample": run(study, arms, GRID, SEEDS),
-            "rivals": run(study, RIVALS, COARSE, SEEDS),
-            "greedy": run_greedy(study, arms, GRID),
+        arms, grid = args.arms or ["paper", DEFAULT], tuple(args.grid)
+        parts = {
+            "sample": lambda: run(study, arms, grid, SEEDS),
+            "rivals": lambda: run(study, RIVALS, COARSE, SEEDS),
+            "greedy": lambda: run_greedy(study, arms, grid),
         }
+        document = {part: parts[part]() for part in args.parts}
         for part, judged in document.items():
             print(f"\n### {part}\n{markdown(judged)}")
     write_text(study.out / f"{args.stage}.json", json.dumps(document, indent=1))
-    plot(document["sample"], study.out / f"{args.stage}.png")
+    plot(next(iter(document.values())), study.out / f"{args.stage}.png")
