@@ -2,13 +2,13 @@
 
     python eval/lora.py --styles runs/pocket/styles --out runs/study
 
-For each corpus of the study a LoRA adapter of the host sees the training documents once, up to TOKENS of them (all that
-the prior counted of Don Quixote and the headlines, a part of the abstracts; ends of documents are context only, as the
-prior's EOS steers nothing either), and is merged into a copy of the host, in OUT/MODEL/lora. Its
-arm in the study is static fusion, z + alpha (z_lora - z) with z the host itself: alpha 1 is the fine-tuned model,
-less is a dial between the two, as the strength of `ngram` is. Prompts are those of the reporting half, three seeds;
-texts are judged by the rule at the top of `study.py`. Nothing is chosen on prompts. The judge of style is an n-gram
-model, which favours an n-gram method; so the loss of each on the held-out documents, teacher-forced, stands beside it.
+For each corpus a LoRA adapter of the host sees the training documents once, up to TOKENS tokens of them (ends of
+documents are context only, as the prior's EOS steers nothing either), and is merged into a copy of the host, in
+OUT/MODEL/lora. Its arm in the study is static fusion, z + alpha (z_lora - z) with z the host itself: alpha 1 is the
+fine-tuned model, less is a dial between the two, as the strength of `ngram` is. Prompts are those of the reporting
+half, three seeds; texts are judged by the rule at the top of `study.py`. Nothing is chosen on prompts. The judge of
+style is an n-gram model, which favours an n-gram method; so the loss of each on the held-out documents, teacher-forced,
+stands beside it.
 
 The adapter is the paper's (arXiv:2601.16224, section 4): rank 8, alpha 16, dropout .05, eight rows a step, here on all
 linear layers. Its rate, 2e-4, and its 800 steps are for a model 170 times as large; RATE was not tuned.
@@ -34,7 +34,7 @@ from logitproc.corpus import documents
 from logitproc.methods.ngram import OFF
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
-RATE, BATCH, WINDOW, TOKENS = 2e-3, 8, 512, 600_000
+RATE, BATCH, WINDOW, TOKENS = 2e-3, 8, 512, 300_000
 STRENGTHS = (0.5, 1.0)
 HELD_OUT_DOCUMENTS = {"quixote": 2, "headlines": 400, "arxiv": 40}
 
@@ -143,12 +143,13 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="base")
     parser.add_argument("--styles", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--corpora", nargs="+", default=CORPORA, choices=CORPORA)
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
     args = parser.parse_args()
     reporting = args.prompts.read_text(encoding="utf-8").splitlines()[1::2]
     lora = LoRA(Study(args.model, args.styles, args.out, reporting), cli.find_model(args.model))
     document: dict[str, dict] = {"sample": {}, "held_out": {}, "training": {}}
-    for corpus in CORPORA:
+    for corpus in args.corpora:
         document["sample"][corpus] = lora.judged(corpus)
         document["held_out"][corpus] = lora.held_out(corpus)
         document["training"][corpus] = json.loads((lora.model(corpus) / "training.json").read_text("utf-8"))

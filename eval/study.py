@@ -306,7 +306,7 @@ def default_strength(by_corpus: dict[str, dict[str, dict]]) -> str | None:
 def markdown(result: dict) -> str:
     """One table a corpus: base and held-out nats, their differences, rep-4, overlap, bigram seen, JS."""
     out = []
-    for corpus in CORPORA:
+    for corpus in result:
         out += [f"\n**{corpus}**\n", "| arm | strength | base nats | held-out nats | Δ base | Δ held-out | "
                 "above control curve | Δ rep-4 | JS bits | overlap | bigram seen | |", "|---" * 12 + "|"]  # fmt: skip
         for arm, cells in result[corpus].items():
