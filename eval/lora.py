@@ -35,7 +35,7 @@ from logitproc.methods.ngram import OFF
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 RATE, BATCH, WINDOW, TOKENS = 2e-3, 8, 512, 300_000
-STRENGTHS = (0.5, 1.0)
+STRENGTHS = (0.7, 1.0)
 HELD_OUT_DOCUMENTS = {"quixote": 2, "headlines": 400, "arxiv": 40}
 
 

@@ -98,9 +98,9 @@ INSTRUCTIONS = {
     "headlines": "Write in the style of the headlines of a newspaper. ",
     "arxiv": "Write in the style of the abstract of a scientific article. ",
 }
-DEFAULT = "backoff wb keep.01 guard2"  # what `choose` chose
+DEFAULT = "backoff wb keep.003 guard2"  # what the rules above chose, at strength .7
 RIVALS = ["backoff wb"]
-MASKS = ["backoff wb guard2", "backoff wb keep.003 guard2", "backoff wb keep.02 guard2"]
+MASKS = ["backoff wb keep.01 guard2", "backoff wb guard2", "backoff wb keep.02 guard2"]
 
 
 class Study:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .speculative import Speculation
 
 DEMO = (  # a row of the demo each, all on the host `base`
-    "ngram:prior=quixote,strength=1.0",
+    "ngram:prior=quixote,strength=0.7",
     "aligndistil:dpo=mini-dpo,reverse=mini-reverse-dpo",
     "fusion:expert=mini-dpo,base=mini",
     "vq:head=base-vq",

@@ -36,7 +36,7 @@ OFF: dict[str, Any] = {"confidence": "none", "plausibility": 0.0, "guard": 0.0}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"strength": 0.1, **OFF},
     "lift": {"strength": 0.2, **OFF},
-    "backoff": {"strength": 1.0, "confidence": "wb", "plausibility": 0.01, "guard": 2.0},
+    "backoff": {"strength": 0.7, "confidence": "wb", "plausibility": 0.003, "guard": 2.0},
     "ratio": {"strength": 0.2, **OFF},
 }
 BY_RULE: Any = None
