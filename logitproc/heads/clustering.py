@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TILE = 1 << 24  # distances held at once
+_TILE = 1 << 24  # distances, or numbers of rows, held at once
 
 
 class Progress(NamedTuple):
@@ -67,7 +67,7 @@ def assign(points: Tensor, centroids: Tensor, tile: int = _TILE) -> tuple[Tensor
     """The nearest centroid of each point, the lowest one of several, and the squared distance [n] float64."""
     norms, columns = centroids.square().sum(1), centroids.T.contiguous()
     labels, distances = [], []
-    for block in points.split(max(1, tile // len(centroids))):
+    for block in points.split(max(1, tile // max(centroids.shape))):
         block = block.to(centroids.dtype)
         least, label = torch.addmm(norms, block, columns, alpha=-2).min(1)
         labels.append(label)
@@ -92,9 +92,8 @@ def fill_empty(labels: Tensor, errors: Tensor, codes: int) -> tuple[Tensor, int]
 
 def means(rows: Tensor, weights: Tensor, labels: Tensor, codes: int, block: int = 4096) -> Tensor:
     """The weighted mean of the rows of each code, [codes, d] float64; the plain mean where all weights are 0."""
-    total = torch.zeros(codes, dtype=torch.float64, device=rows.device).index_add_(
-        0, labels, weights.double()
-    )
+    total = torch.zeros(codes, dtype=torch.float64, device=rows.device)
+    total.index_add_(0, labels, weights.double())
     sizes = torch.bincount(labels, minlength=codes).double()
     share = torch.where(total[labels] > 0, weights.double() / total[labels], 1 / sizes[labels])
     sums = torch.zeros(codes, rows.shape[1], dtype=torch.float64, device=rows.device)

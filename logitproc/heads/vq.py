@@ -365,9 +365,8 @@ class WeightedHead(VQHead):
     @classmethod
     def solve(cls, problem: Problem, **options: Any) -> "VQHead":
         statistics = problem.statistics
-        mapping = partition(
-            problem, options["singletons"], lambda rows: whiten(problem.weight[rows], statistics.root)
-        )
+        points = lambda ids: whiten(problem.weight, statistics.root, ids=ids)
+        mapping = partition(problem, options["singletons"], points)
         codes = means(problem.weight, statistics.curvature, mapping, problem.codes).to(problem.weight.dtype)
         bias = matched_bias(codes, mapping, problem)
         head = cls.build(codes, mapping, bias)
@@ -458,10 +457,8 @@ class ResidualHead(VQHead):
         if books < 1 or problem.codes % books:
             raise ValueError(f"{problem.codes} codes cannot be divided among {books} books.")
         size, curvature, root = problem.codes // books, statistics.curvature, statistics.root
-        left, approximate = (
-            whiten(weight, root),
-            torch.zeros_like(curvature),
-        )  # of the rows; of their mean logits
+        left = whiten(weight, root)  # of the rows
+        approximate = torch.zeros_like(curvature)  # their mean logits
         codes: list[Tensor] = []
         mapping: list[Tensor] = []
         for _ in range(books):
@@ -496,13 +493,13 @@ def partition(problem: Problem, share: float, points: Callable[[Tensor], Tensor]
     return mapping
 
 
-def whiten(rows: Tensor, root: Tensor, centre: Tensor | None = None) -> Tensor:
-    """(rows - centre) L: distances are errors of logits. In float32, or in bfloat16 where there are very many."""
-    dtype = torch.float32 if rows.numel() <= _POINTS else torch.bfloat16
-    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    root = root.to(dtype)
-    for block, into in zip(rows.split(4096), out.split(4096), strict=True):
-        torch.mm(block.to(dtype) if centre is None else (block.double() - centre).to(dtype), root, out=into)
+def whiten(weight: Tensor, root: Tensor, centre: Tensor | float = 0.0, ids: Tensor | None = None) -> Tensor:
+    """(w - centre) L of all rows, or of `ids`: distances are errors of logits. Very many are held in bfloat16."""
+    ids = torch.arange(len(weight), device=weight.device) if ids is None else ids
+    dtype = torch.float32 if len(ids) * len(root) <= _POINTS else torch.bfloat16
+    out, root = torch.empty(len(ids), len(root), dtype=dtype, device=weight.device), root.to(dtype)
+    for block, into in zip(ids.split(4096), out.split(4096), strict=True):
+        torch.mm((weight[block].double() - centre).to(dtype), root, out=into)
     return out
 
 
