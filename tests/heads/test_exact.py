@@ -165,7 +165,8 @@ def test_the_winner_is_that_of_the_dense_head(kind, dtype, bias):
     own = layer(weight, 3 * draw(V, seed=5) if bias else None)
     head, h = ExactHead.of(own, kind), states_near(weight)
     assert torch.equal(one_by_one(head.top, h).argmax(-1), one_by_one(own, h).argmax(-1))
-    assert torch.equal(head.top(h[:8]).argmax(-1), own(h[:8]).argmax(-1))
+    for several in h.split(4):
+        assert torch.equal(head.top(several).argmax(-1), own(several).argmax(-1))
     causes = ("ambiguous", "overflow", "special", "stale", "wide")
     assert sum(head.counters[cause] for cause in causes) < head.counters["rows"] / 2
 
@@ -232,8 +233,8 @@ def test_what_cannot_be_certified_is_computed_densely_and_counted():
     for scale in (1e-30, 1e37):
         assert torch.equal(head.top(h[3:4] * scale).nan_to_num(), own(h[3:4] * scale).nan_to_num())
     assert head.counters["special"] == 5
-    assert torch.equal(head.top(h), own(h)) and head.counters["wide"] == 1
-    assert head.counters["calls"] == 4 and head.counters["rows"] == 26
+    assert torch.equal(head.top(h[:5]), own(h[:5])) and head.counters["wide"] == 1
+    assert head.counters["calls"] == 4 and head.counters["rows"] == 11
     head.reset_counters()
     assert not any(head.counters.values())
 
