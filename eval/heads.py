@@ -36,7 +36,6 @@ import torch
 from stopwatch import Stopwatch
 from torch import Tensor, nn
 
-import logitproc.heads
 from logitproc import cli
 from logitproc.artifact import write_text
 from logitproc.bundled import find_model
@@ -56,7 +55,7 @@ from logitproc.heads import (
     load_converted,
     tie_floor_min,
 )
-from logitproc.ops import native
+from logitproc.ops import cpu, native
 
 SHAPES = {
     "llama-3-8b": (128_256, 4096), "qwen2.5-0.5b": (151_936, 896), "tinyllama": (32_000, 2048),
@@ -323,9 +322,8 @@ def _in_large_pages(tensor: Tensor) -> Tensor:
     """A copy, held in pages of 2 MiB where the system can do that: a kernel may read it faster."""
     if tensor.device.type != "cpu":
         return tensor
-    copy, planes = tensor.clone(), native.load(Path(logitproc.heads.__file__).with_name("planes.cpp"))
-    if planes is not None:
-        planes.hold_in_large_pages(ctypes.c_void_p(copy.data_ptr()), ctypes.c_int64(copy.nbytes))
+    copy = tensor.clone()
+    cpu.hold_in_large_pages(copy)
     return copy
 
 

@@ -7,17 +7,16 @@ With a scale for each 32 columns, q = round(w / scale) in -136..119, in halves q
 
 The scale is a code in -127..127 times the unit of the row. Its sign gives the longer side of the range to the weight
 of largest magnitude. States are rounded to 16 bits. A score is then a sum of integers times two numbers, so it is
-exact but for its last rounding: `planes.cpp`, compiled at first use, and `_plain` agree bit for bit.
+exact but for its last rounding, and all kernels of `plane_scores` agree bit for bit.
 """
 
-import ctypes
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ..ops import native
+from ..ops import cpu
+from ..ops.dispatch import op
 
 GROUP, QUARTER = 128, 32  # columns that 64 bytes hold, and that share a scale
 _LEAST, _LARGEST = -136, 119  # of q
@@ -62,10 +61,8 @@ class Planes(NamedTuple):
 
     def settle(self) -> None:
         """Move what is read whole to large pages, where that can be done: it is then read faster by half."""
-        library = native.load(_SOURCE)
-        if library is not None and self.high.device.type == "cpu":
-            for tensor in (self.high, self.low, self.codes):
-                library.hold_in_large_pages(_pointer(tensor), ctypes.c_int64(tensor.nbytes))
+        for tensor in (self.high, self.low, self.codes):
+            cpu.hold_in_large_pages(tensor)
 
 
 def rounding(columns: int) -> float:
@@ -136,39 +133,22 @@ def round_states(hidden: Tensor) -> States:
 
 def scores(planes: Planes, half: str, states: States, rows: Tensor | None = None) -> Tensor:
     """h . w1 of the rounded states ("high"), or what plane 2 adds to it ("low"): [b, V], of rows [n] only [b, n]."""
-    given = (getattr(planes, half), planes.codes, planes.units, 16 if half == "high" else 1, states, rows)
-    compiled = planes.high.device.type == "cpu" and native.load(_SOURCE) is not None
-    return _compiled(*given) if compiled else _plain(*given)
+    plane, factor = getattr(planes, half), 16 if half == "high" else 1
+    return plane_scores(states.t, states.whole, plane, planes.codes, planes.units, factor, rows)
 
 
-_SOURCE = Path(__file__).with_name("planes.cpp")
-
-
-def _plain(
-    plane: Tensor, codes: Tensor, units: Tensor, factor: int, states: States, rows: Tensor | None
+@op
+def plane_scores(
+    t: Tensor, whole: Tensor, plane: Tensor, codes: Tensor, units: Tensor, factor: int, rows: Tensor | None = None
 ) -> Tensor:
+    """factor (t whole) . (u code unit) of all rows of a plane, [b, V], or of rows [n], [b, n]: float32, rounded once.
+
+    t [b] and whole [b, groups * 128] as in `States`, the others as in `Planes`.
+    """
     rows = torch.arange(len(plane), device=plane.device) if rows is None else rows
-    h, t = states.whole.double(), states.t.double()[:, None]
-    out = []
+    h, out = whole.double(), []
     for at in rows.split(2048):
-        whole = unpack(plane[at]).double() * codes[at][..., None]
-        sums = factor * (h @ whole.flatten(1).T)  # exact: whole numbers below 2^53
-        out.append((sums * (units[at].view(torch.float32).double() * t)).float())
-    return torch.cat(out, 1)
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _compiled(
-    plane: Tensor, codes: Tensor, units: Tensor, factor: int, states: States, rows: Tensor | None
-) -> Tensor:
-    batch, groups = len(states.t), plane.shape[1]
-    n = len(plane) if rows is None else len(rows)
-    out = torch.empty(batch, n)
-    native.load(_SOURCE).plane_scores(  # type: ignore[union-attr]
-        *map(_pointer, (plane, codes, units, states.whole, states.t, rows, out)),
-        *map(ctypes.c_int64, (n, groups, batch, factor, torch.get_num_threads())),
-    )
-    return out
+        weights = unpack(plane[at]).double() * codes[at][..., None]
+        sums = factor * (h @ weights.flatten(1).T)  # exact: whole numbers below 2^53
+        out.append((sums * (units[at].view(torch.float32).double() * t.double()[:, None])).float())
+    return torch.cat(out, 1) if out else t.new_empty(len(t), 0)

@@ -4,6 +4,7 @@
 #include "divergences.h"
 #include "fusion.h"
 #include "history.h"
+#include "planes.h"
 #include "rows.h"
 #include "tilt.h"
 #include "vq.h"

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,11 +7,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import logitproc as lp
+from logitproc import ops
 from logitproc.heads import KINDS as HEADS
-from logitproc.heads import ExactHead, planes
+from logitproc.heads import ExactHead
 from logitproc.heads.clustering import kmeans, means
 from logitproc.heads.planes import Planes, round_states, scores, unpack
-from logitproc.ops import native
+from logitproc.ops import cpu, dispatch, native
 
 V, D = 1500, 136  # two groups of 128 columns, the second mostly padding
 KINDS = ("exact_nested", "exact_int8")
@@ -84,11 +86,8 @@ def test_planes_hold_half_of_each_weight_and_the_bounds_are_never_below_the_trut
     assert lost(made.second) < 0.006 < 0.07 < lost(made.first) < 0.09
 
 
-@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_true_logit_of_every_token_lies_within_the_bound(dtype, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(native, "load", lambda source: None)
+def test_the_true_logit_of_every_token_lies_within_the_bound(dtype):
     weight = awkward(dtype=dtype)
     made, h = Planes.of(weight), states_near(weight)
     states = round_states(h)
@@ -99,50 +98,52 @@ def test_the_true_logit_of_every_token_lies_within_the_bound(dtype, compiled, mo
         assert ((score.double() - truth).abs() <= bound + 1e-6 * truth.abs()).all()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("columns", [D, 128, 700])
-def test_compiled_scores_are_the_plain_ones_bit_for_bit(columns, threads):
-    if native.load(planes._SOURCE) is None:
-        pytest.skip("planes.cpp needs a C++ compiler, and there is none")
-    weight = draw(V, columns) * torch.linspace(0.2, 2, V)[:, None]
+@pytest.mark.parametrize(
+    "backend, rows, columns, threads",
+    [("cpu", 1500, D, 1), ("cpu", 1500, 128, 3), ("cpu", 1500, 700, 3), ("triton", 40, D, 1)],
+)
+def test_all_kernels_give_the_same_scores_bit_for_bit(backend, rows, columns, threads):
+    if reason := dispatch.unavailable(backend):
+        pytest.skip(reason)
+    weight = draw(rows, columns) * torch.linspace(0.2, 2, rows)[:, None]
     weight[3], weight[4, 5] = 0, 1e30
-    made, states = Planes.of(weight), round_states(draw(7, columns, seed=1))
-    rows = torch.randint(0, V, (101,), generator=torch.Generator().manual_seed(0))
+    made, states = Planes.of(weight), round_states(draw(7 if backend == "cpu" else 3, columns, seed=1))
+    some = torch.randint(0, rows, (rows // 15,), generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for half in ("high", "low"):
-            parts = (getattr(made, half), made.codes, made.units, 16 if half == "high" else 1)
-            plain = planes._plain(*parts, states, None)
-            assert torch.equal(scores(made, half, states), plain) and plain.isfinite().all()
-            assert torch.equal(scores(made, half, states, rows), plain[:, rows])
-            assert torch.equal(scores(made, half, states.one(2), rows[:1]), plain[2:3, rows[:1]])
-            assert scores(made, half, states, rows[:0]).shape == (7, 0)
+            with ops.backend("reference"):
+                plain = scores(made, half, states)
+                assert torch.equal(scores(made, half, states, some), plain[:, some]) and plain.isfinite().all()
+            with ops.backend(backend):
+                assert torch.equal(scores(made, half, states), plain)
+                assert torch.equal(scores(made, half, states, some), plain[:, some])
+                assert torch.equal(scores(made, half, states.one(2), some[:1]), plain[2:3, some[:1]])
+                assert scores(made, half, states, some[:0]).shape == (len(states.t), 0)
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_processor_without_these_instructions_gets_the_same_scores(tmp_path, monkeypatch):
-    if native.load(planes._SOURCE) is None:
-        pytest.skip("planes.cpp needs a C++ compiler, and there is none")
+    if cpu.library() is None:
+        pytest.skip("there is no C++ compiler")
     made, states = Planes.of(draw(90, D)), round_states(draw(5, D, seed=1))
     expected = scores(made, "high", states)
+    source = tmp_path / "portable.cpp"
+    source.write_text(f'#include "{Path(cpu.__file__).with_name("planes.h")}"\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", tuple(flag for flag in native.FLAGS if not flag.startswith("-m")))
-    native.load.cache_clear()
-    try:
-        assert torch.equal(scores(made, "high", states), expected)
-    finally:
-        native.load.cache_clear()
+    portable = native.load(source)
+    assert portable is not None
+    monkeypatch.setattr(cpu, "library", lambda: portable)
+    assert torch.equal(scores(made, "high", states), expected)
 
 
 def test_large_pages_hold_the_same_bytes():
-    library = native.load(planes._SOURCE)
-    if library is None:
-        pytest.skip("planes.cpp needs a C++ compiler, and there is none")
     held = draw(3 << 20)  # 12 MiB: some whole pages, and ends that are none
     before = held.clone()
-    library.hold_in_large_pages(planes._pointer(held), planes.ctypes.c_int64(held.nbytes))
+    cpu.hold_in_large_pages(held)
     assert torch.equal(held, before)
 
 

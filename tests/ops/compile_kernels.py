@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from logitproc import ops
+from logitproc.heads.planes import Planes, round_states, scores
 from logitproc.methods.suppression import PhraseIndex
 from logitproc.ops import dispatch
 from logitproc.ops import triton as kernels
@@ -24,6 +25,7 @@ from logitproc.ops import triton as kernels
 TARGET = GPUTarget("cuda", 80, 32)
 TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
     torch.bool: "*i1",
 }  # fmt: skip
 compiled: set[str] = set()
@@ -58,9 +60,12 @@ def calls() -> None:
     index = PhraseIndex(texts, 30, 1, 4, 2, True, breakers=(3,), silent=(1,))
     some = torch.from_numpy(texts[:25, :4])
     kernels.lower_phrases(torch.randn(25, 37), some, torch.full((25,), 3), index, torch.rand(4))
-    scores, mapping = torch.randn(2, 8, dtype=torch.bfloat16), torch.zeros(2, 50, dtype=torch.int32)
-    kernels.spread(scores, mapping[:1])
-    kernels.spread(scores, mapping, torch.randn(50), torch.randn(2, 50, dtype=torch.bfloat16))
+    codes, mapping = torch.randn(2, 8, dtype=torch.bfloat16), torch.zeros(2, 50, dtype=torch.int32)
+    kernels.spread(codes, mapping[:1])
+    kernels.spread(codes, mapping, torch.randn(50), torch.randn(2, 50, dtype=torch.bfloat16))
+    planes, states = Planes.of(torch.randn(40, 200)), round_states(torch.randn(2, 200))
+    scores(planes, "high", states)
+    scores(planes, "low", states, torch.arange(3))
 
 
 def main() -> None:

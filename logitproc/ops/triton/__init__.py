@@ -7,10 +7,10 @@ tested. Their speed on a GPU is unmeasured.
 from .aligndistil import extrapolated
 from .divergences import divergences, nll
 from .fusion import fuse_one, log_likelihoods, mixture
-from .heads import spread
+from .heads import plane_scores, spread
 from .history import add_ngrams, loop_guard, lower_phrases
 
 __all__ = [
     "add_ngrams", "divergences", "extrapolated", "fuse_one", "log_likelihoods", "loop_guard", "lower_phrases",
-    "mixture", "nll", "spread",
+    "mixture", "nll", "plane_scores", "spread",
 ]  # fmt: skip

@@ -1,9 +1,12 @@
-// Scores of 4-bit rows against 16-bit states in integer arithmetic: exact, until the sum is scaled at the very end.
+// Kernel of heads/planes.py: scores of 4-bit rows against 16-bit states in integer arithmetic, exact until the sum is
+// scaled at the very end.
 //
 // A group of 128 columns of a row is 64 bytes and four codes, one for each 32 columns. Byte 16 s + k holds columns
 // 32 s + k (low nibble) and 32 s + 16 + k (high nibble), as u in 0..15, which stands for (u - 8) * code[s]. A state is
 // 256 * high + low with both parts in -128..127. A lane sums up four bytes, 8 columns of one code: at most
 // 8 * 8 * 128, which fits in the 16 bits that the product with the code reads, and 2^20 a group after it.
+
+#pragma once
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +20,7 @@
 #include <immintrin.h>
 #endif
 
+namespace planes {
 namespace {
 
 constexpr int64_t kBytes = 64, kCodes = 4, kColumns = 128, kLanes = 16;
@@ -148,10 +152,15 @@ void sweep(const Call& c, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+}  // namespace planes
 
-extern "C" void plane_scores(const uint8_t* plane, const int8_t* codes, const float* units, const int16_t* states,
-                             const float* t, const int64_t* rows, float* out, int64_t n, int64_t groups, int64_t batch,
-                             int64_t factor, int64_t threads) {
+extern "C" {
+
+// out [batch, n]; see `Call`
+void plane_scores(const uint8_t* plane, const int8_t* codes, const float* units, const int16_t* states,
+                  const float* t, const int64_t* rows, float* out, int64_t n, int64_t groups, int64_t batch,
+                  int64_t factor, int64_t threads) {
+  using namespace planes;
   const int64_t size = groups * kBytes, ahead = (kAhead + size - 1) / size;
   const Call call{plane, codes, units, arrange(states, batch * groups), t, rows, out, n, groups, batch, factor, ahead};
   const int64_t chunk = std::max<int64_t>(16, std::min(kChunk / size, n / (8 * threads)));
@@ -167,7 +176,7 @@ extern "C" void plane_scores(const uint8_t* plane, const int8_t* codes, const fl
 }
 
 // Asks Linux to hold these bytes in pages of 2 MiB, which are read faster by half than many small ones.
-extern "C" void hold_in_large_pages(void* data, int64_t bytes) {
+void hold_in_large_pages(void* data, int64_t bytes, int64_t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1: what is there already; headers may not know it
@@ -176,3 +185,5 @@ extern "C" void hold_in_large_pages(void* data, int64_t bytes) {
   for (int advice : {MADV_HUGEPAGE, kCollapse}) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #endif
 }
+
+}  // extern "C"
