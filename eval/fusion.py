@@ -88,6 +88,8 @@ SEVERAL: dict[str, dict[str, Any]] = {
 CANDIDATES, CANDIDATES_SEVERAL = tuple(arm for arm in SAFE if arm != "mixture of three"), tuple(SEVERAL)
 # A setting says which experts there are, and what is tried with them.
 SETTINGS = {"single": SINGLE, "wrong": SAFE, "several": SEVERAL, "unseen": SEVERAL}
+BRIEF = ("static 0.5", "static 1.0", "static 1.5", "upscale 0.3", "grid", "newton J", "mixture",
+         "mixture of static fusions", "select", "match level evidence")  # fmt: skip
 
 
 def experts_of(setting: str, task: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -194,13 +196,15 @@ class Study:
     """One pair of a host and a small model, its experts and ceilings, and the cells scored with them."""
 
     def __init__(self, host: str, small: str, data: Path, out: Path, documents: int = TRAIN,
-                 multi_task: bool = True):  # fmt: skip
+                 multi_task: bool = True, brief: bool = False):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.sources = {"host": cli.find_model(host), "small": cli.find_model(small)}
         self.out = out / f"{Path(host).name}-{Path(small).name}"
         self.tokenizer = AutoTokenizer.from_pretrained(self.sources["host"])
         self.tasks, self.documents, self.multi_task = tasks(data), documents, multi_task
+        self.arms = {setting: {arm: options for arm, options in known.items() if not brief or arm in BRIEF}
+                     for setting, known in SETTINGS.items()}  # fmt: skip
         self.load = lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def model(self, kind: str, name: str, seed: int) -> Path:
@@ -237,7 +241,7 @@ class Study:
         expert = list(experts.values()) if len(names) > 1 else experts[names[0]]
         chains = {
             arm: lp.Chain([lp.get("fusion")(expert=expert, base=base, **options)])
-            for arm, options in SETTINGS[setting].items()
+            for arm, options in self.arms[setting].items()
         }
         result: dict[str, Any] = {"tokens": [], "arms": {}, "alpha": {}}
         for ids, mask, labels in self._batches(part, name, None if setting == "single" else FEWER_DOCUMENTS):
@@ -257,7 +261,8 @@ class Study:
                 found = result["arms"].setdefault(arm, {"nll": [], "kl": [], "right": []})
                 _note(found, scores[:, :-1][inside].log_softmax(-1), log_p, ids, inside, labels)
             result["tokens"] += inside.sum(1).tolist()
-            for arm in {"single": ("grid", "newton J"), "several": ("select", "match level uniform")}.get(setting, ()):
+            solved = {"single": ("grid", "newton J"), "several": ("select", "match level uniform")}.get(setting, ())
+            for arm in (arm for arm in solved if arm in self.arms[setting]):
                 settings = {k: v for k, v in SETTINGS[setting][arm].items() if k != "weights"}
                 alpha = fuse(rows[0], rows[1], rows[2:], **settings).alpha
                 result["alpha"].setdefault(arm, []).extend(alpha.tolist())
@@ -377,11 +382,13 @@ def judge_all(study: Study, seeds: dict[str, tuple[int, ...]]) -> dict[str, Any]
              for setting in SETTINGS for part in ("dev", "test") for task in names}  # fmt: skip
     judges = lambda part, setting: {task: Judge(cells[setting, part, task]) for task in names}
     dev, test = ({setting: judges(part, setting) for setting in SETTINGS} for part in ("dev", "test"))
-    tuned = {task: min((f"static {a}" for a in GRID), key=dev["single"][task].loss) for task in names}
-    default = choose(dev["single"], dev["wrong"], CANDIDATES)
-    several = choose(dev["several"], dev["unseen"], CANDIDATES_SEVERAL)
-    bounded = [(cell, bound_excess(Judge([cell]))) for (setting, *_), found in cells.items() if setting == "single"
-               for cell in found]  # fmt: skip
+    static = [f"static {a}" for a in GRID if f"static {a}" in study.arms["single"]]
+    tuned = {task: min(static, key=dev["single"][task].loss) for task in names}
+    chosen = lambda setting, doubtful, known: choose(
+        dev[setting], dev[doubtful], tuple(arm for arm in known if arm in study.arms[setting]))  # fmt: skip
+    default, several = chosen("single", "wrong", CANDIDATES), chosen("several", "unseen", CANDIDATES_SEVERAL)
+    bounded = [(cell, bound_excess(Judge([cell]))) for found in cells.values() for cell in found
+               if "mixture share 0" in cell["arms"]]  # fmt: skip
     where = lambda setting, holds: [task for task in names if holds(test[setting][task], task)]
     mean = lambda setting: {
         arm: float(np.mean([judge.closure(arm)[0] for judge in test[setting].values()]))
@@ -399,7 +406,7 @@ def judge_all(study: Study, seeds: dict[str, tuple[int, ...]]) -> dict[str, Any]
             f"{default} beats the dev-tuned static weight": where("single", lambda j, t: j.beats(default, tuned[t])),
             f"{default} beats grid": where("single", lambda j, _: j.beats(default, "grid")),
             f"{default} beats every static weight, chosen on test": where(
-                "single", lambda j, _: all(j.beats(default, f"static {a}") for a in GRID)),
+                "single", lambda j, _: all(j.beats(default, arm) for arm in static)),
             f"{default} falls below the host": where("single", lambda j, _: j.falls(default)),
             f"{default} falls below the host, with the expert of another task": where(
                 "wrong", lambda j, _: j.falls(default)),
@@ -413,7 +420,7 @@ def judge_all(study: Study, seeds: dict[str, tuple[int, ...]]) -> dict[str, Any]
             "an unseen task: select falls below the host": where("unseen", lambda j, _: j.falls("select")),
         },
         "mean_closure": {setting: mean(setting) for setting in SETTINGS},
-        "largest_excess_over_bound": max(excess for _, excess in bounded),
+        "largest_excess_over_bound": max((excess for _, excess in bounded), default=math.nan),
         "texts_bounded": sum(len(cell["tokens"]) for cell, _ in bounded),
     }  # fmt: skip
 
@@ -446,7 +453,7 @@ def markdown(result: dict[str, Any]) -> str:
                 )
     out.append("\n**Mean alpha (several experts): task by expert**\n")
     tasks_ = list(result["single"])
-    for arm in ("select", "match level uniform"):
+    for arm in result["alpha_several"][tasks_[0]][0]:
         out += [f"| {arm} | " + " | ".join(tasks_) + " |", "|---" * (len(tasks_) + 1) + "|"]
         for task in tasks_:
             mean = np.mean([alpha[arm]["mean"] for alpha in result["alpha_several"][task]], 0)
@@ -480,15 +487,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
     names = list(result["single"])
     figure = Figure(figsize=(4.2 * len(names), 7.6), dpi=120, layout="constrained")
     axes = figure.subplots(2, len(names))
-    marks = {"grid": ("s", "C1"), "newton J": ("D", "C2"), "match": ("v", "C4"), "mixture": ("*", "C3"),
-             "expert": ("o", "C5"), "ceiling": ("^", "0.3")}  # fmt: skip
+    marks = {"grid": ("s", "C1"), "newton J": ("D", "C2"), "mixture": ("*", "C3"), "expert": ("o", "C5"),
+             "ceiling": ("^", "0.3")}  # fmt: skip
     labels = {"grid": "grid (the paper)", "expert": "small expert alone", "ceiling": "host fine-tuned"}
     for axis, task in zip(axes[0], names, strict=True):
         arms = result["single"][task]
         lines = {"static": ["host", *(f"static {a}" for a in GRID)],
                  "upscale": ["expert", "upscale 0.15", "upscale 0.3", "upscale 0.6", "static 1.0"]}
         for color, (label, along) in zip(("C0", "C9"), lines.items(), strict=True):
-            line = [(arms[arm]["kl"], arms[arm]["loss"]) for arm in along]
+            line = [(arms[arm]["kl"], arms[arm]["loss"]) for arm in along if arm in arms]
             axis.plot(*zip(*line, strict=True), ".-", color=color, lw=1.5, label=label)
         for arm, (mark, color) in marks.items():
             axis.plot(arms[arm]["kl"], arms[arm]["loss"], mark, color=color, ms=12 if mark == "*" else 7,
@@ -497,8 +504,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("one expert: loss (nats a token), less is better")
     axes[0][0].legend(fontsize=8)
-    shown = ["expert", "average of experts", "static sum 1/T", "select", "match level uniform", "match level evidence",
-             "mixture"]  # fmt: skip
+    known = ("expert", "average of experts", "static sum 1/T", "select", "match level uniform", "match level evidence",
+             "mixture of static fusions", "mixture")  # fmt: skip
+    shown = [arm for arm in known if arm in result["several"][names[0]]]
     for axis, task in zip(axes[1], names, strict=True):
         values = [result["several"][task][arm]["closure"] for arm in shown]
         for at, (arm, (mean, low, high)) in enumerate(zip(shown, values, strict=True)):
@@ -521,10 +529,12 @@ def main() -> None:
     parser.add_argument("--small", default="mini")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="experts a task")
     parser.add_argument("--seeds-elsewhere", type=int, default=len(SEEDS), help="where an expert meets other tasks")
+    parser.add_argument("--brief", action="store_true", help="only the arms that the verdicts need")
     parser.add_argument("--no-multi-task", dest="multi_task", action="store_false", help="no ceiling of all tasks")
     parser.add_argument("--documents", type=int, default=TRAIN, help="training documents a task, at most")
     args = parser.parse_args()
-    study = Study(args.host, args.small, args.data, args.out, args.documents, args.multi_task)
+    study = Study(args.host, args.small, args.data, args.out, args.documents, args.multi_task,
+                  args.brief)  # fmt: skip
     seeds = SEEDS[: args.seeds]
     if args.stage == "experts":
         for seed in seeds:

@@ -177,7 +177,8 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     import logitproc as lp
 
     tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
-    prompts = [tokenizer(text, return_tensors="pt") for text in openings(args.headlines, args.part)[: args.prompts]]
+    texts = openings(args.headlines, args.part)[args.skip :][: args.prompts]
+    prompts = [tokenizer(text, return_tensors="pt") for text in texts]
     base = load("base", args.dtype)
     expert, small = (lp.Companion(load(name, args.dtype), tokenizer) for name in (args.expert, args.base))
     fusion: Any = lp.get("fusion")
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("dev", "test"), default="test")
     parser.add_argument("--layers", nargs="+", type=int, default=[12, 24, 48], help="of the host")
     parser.add_argument("--prompts", type=int, default=PART, help="so many of the part")
+    parser.add_argument("--skip", type=int, default=0, help="so many before them")
     parser.add_argument("--tokens", type=int, default=40, help="at most")
     parser.add_argument("--do-sample", action="store_true", help="at temperature 1")
     parser.add_argument("--dtype", default="float32")
