@@ -129,13 +129,13 @@ struct Tilt {
   }
 };
 
-// The largest s in [0, 1] with KL(P_s || P_0) <= nats, for P_s ~ exp(log_w + s d) and finite d; 1e-5 less of nats, so
+// The largest s in [0, 1] with KL(P_s || P_0) <= nats, for P_s ~ exp(log_w + s d) and finite d; 2e-5 less of nats, so
 // that rounding exceeds no budget.
 inline float within_budget(const float* log_w, const float* d, int64_t width, double nats) {
   Moments at_0;
   for_blocks(width, [&](int64_t start, int64_t n) { at_0.add(log_w + start, d + start, n); });
   if (!(at_0.total > 0 && nats >= 0)) return 0;
-  return Tilt(log_w, d, width, at_0).root('R', nats * (1 - 1e-5), 1.0f, 12).first;
+  return Tilt(log_w, d, width, at_0).root('R', nats * (1 - 2e-5), 1.0f, 12).first;
 }
 
 }  // namespace
