@@ -353,6 +353,7 @@ BOUNDS = (
     Bound("Chain of 5 no-ops", "list of 1 no-op", 1.0, 32_000, 1),
     Bound("generate with aligndistil", "generate", 2.0),
     Bound("perplexity through ngram lift", "bare forward", 1.25),
+    Bound("perplexity through ngram default", "bare forward", 1.25),
     *(Bound(name, "1B forward", 0.01, 151_936, 1, "cuda")
       for name in ("ngram default", "suppression ratio", "aligndistil adaptive")),
     *(Bound(name, "1B forward", 0.03, 151_936, 64, "cuda")

@@ -520,9 +520,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=_seeds, default="0,1,2", help="of sampling, between commas (default: 0,1,2)")
     add("--temperature", type=_positive_number, default=1.0, help="of sampling (default: 1.0)")
     add("--top-p", type=_positive_number, default=0.9, help="of sampling (default: 0.9)")
-    add("--max-new-tokens", type=common._positive, default=96, metavar="N", help="(default: 96)")
-    add("--min-new-tokens", type=common._positive, metavar="N", help="(default: the maximum)")
-    add("--batch-size", type=common._positive, default=20, metavar="N",
+    add("--max-new-tokens", type=common.positive, default=96, metavar="N", help="(default: 96)")
+    add("--min-new-tokens", type=common.positive, metavar="N", help="(default: the maximum)")
+    add("--batch-size", type=common.positive, default=20, metavar="N",
         help="prompts at once (default: 20); sampled text changes with it")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")

@@ -119,5 +119,5 @@ def test_kernels_for_a_gpu_give_the_same_there_and_their_callers_never_wait(laun
                 found = both(processor, *there)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.here, other, rtol=1e-4, atol=1e-4, msg=str(subject))
-    by_steps = "add_ngrams extrapolated log_likelihoods loop_guard lower_phrases mixture newton"
+    by_steps = "add_ngrams extrapolated fuse_one log_likelihoods loop_guard lower_phrases mixture"
     assert launched >= set(by_steps.split())
