@@ -1,5 +1,6 @@
 """How long calls take, on whatever device does the work."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +41,8 @@ class Stopwatch:
     def in_turns(
         self, calls: Mapping[Any, Call], rounds: int, budget: float = 1e9, least: int = 5, shortest: float = 1e-3
     ) -> dict[Any, np.ndarray]:
-        """Seconds of each call, [rounds]: in every round all take their turn, so that all see the same machine.
+        """Seconds of each call, [rounds]: in every round all take their turn, so that all see the same machine, in an
+        order drawn anew, so that none is always the one after a call that empties the caches.
 
         Each is called twice before, to warm up, and in a turn as often as fills `shortest` seconds. Rounds end
         after `budget` seconds, though not before there are `least`.
@@ -50,10 +52,11 @@ class Stopwatch:
             self.seconds(call)
             counts[name] = int(min(50, max(1, shortest / max(self.seconds(call), 1e-9))))
         times: dict[Any, list[float]] = {name: [] for name in calls}
-        began = time.perf_counter()
+        began, order, draw = time.perf_counter(), list(calls), random.Random(0)
         for done in range(rounds):
             if done >= least and time.perf_counter() - began > budget:
                 break
-            for name, call in calls.items():
-                times[name].append(self.seconds(call, counts[name]))
+            draw.shuffle(order)
+            for name in order:
+                times[name].append(self.seconds(calls[name], counts[name]))
         return {name: np.array(seconds) for name, seconds in times.items()}

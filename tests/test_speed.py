@@ -289,10 +289,12 @@ def test_the_forward_pass_reads_one_token_after_the_same_text_and_as_much_head_a
 
 def test_in_turns_all_see_the_same_machine_and_other_buffers():
     watch, calls = Stopwatch(), []
-    times = watch.in_turns({name: lambda i, n=name: calls.append((n, i)) for name in "ab"}, rounds=3, shortest=0.0)
-    assert "".join(name for name, _ in calls) == "aabb" + "ab" * 3
-    assert [i for _, i in calls] == list(range(10))
-    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3} and min(map(min, times.values())) > 0
+    times = watch.in_turns({name: lambda i, n=name: calls.append((n, i)) for name in "ab"}, rounds=20, shortest=0.0)
+    made = "".join(name for name, _ in calls)
+    rounds = {made[i : i + 2] for i in range(4, len(made), 2)}
+    assert made.startswith("aabb") and rounds == {"ab", "ba"}, "each once a round, in changing order"
+    assert [i for _, i in calls] == list(range(44))
+    assert {name: len(t) for name, t in times.items()} == {"a": 20, "b": 20} and min(map(min, times.values())) > 0
 
 
 def test_a_quick_call_is_repeated_and_the_budget_ends_the_rounds_early():

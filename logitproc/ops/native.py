@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPI
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # gcc prefers 256 bits where it has 512, a third slower here
+if sys.platform == "linux":
+    FLAGS += ("-fopenmp",)  # the library that torch has loaded; elsewhere rows take turns on one thread
 
 logger = logging.getLogger(__name__)
 
