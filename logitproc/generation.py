@@ -144,9 +144,7 @@ def _assumed_mask(prompt: Tensor, pad: int | None, eos: int | list[int] | None) 
 
 def _width(model: PreTrainedModel) -> int | None:
     head = model.get_output_embeddings()
-    return getattr(
-        head, "out_features", None
-    )  # of a linear layer and of a `Head`; None where there is neither
+    return getattr(head, "out_features", None)  # of a linear layer and of a `Head`; None where there is neither
 
 
 def seed_everything(seed: int) -> None:

@@ -99,7 +99,7 @@ def test_lora_reads_documents_in_rows_and_learns_no_end(monkeypatch):
 
 
 def test_lora_of_the_same_seed_gives_the_same_model(tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft: pip install '.[train]'")
     tiny_model().save_pretrained(tmp_path)
     rows = [{"input_ids": [1, 2, 3, 4] * 4, "labels": [1, 2, 3, 4] * 4}] * 16
     models = [lora.train(str(tmp_path), rows)[0].state_dict() for _ in range(2)]

@@ -58,7 +58,6 @@ class Planes(NamedTuple):
         """The planes of weight [V, d]."""
         return cls(*map(torch.cat, zip(*(_split(rows.double()) for rows in weight.split(64)), strict=True)))
 
-
     def settle(self) -> None:
         """Move what is read whole to large pages, where that can be done: it is then read faster by half."""
         for tensor in (self.high, self.low, self.codes):

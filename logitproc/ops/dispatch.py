@@ -28,7 +28,8 @@ def backend(name: Backend) -> Iterator[None]:
 
     "auto", the default outside, takes "cpu" (C++) for tensors on a CPU and "triton" for those on a GPU, and
     "reference" (plain torch) where these have no kernel or cannot run; the latter is logged once. A backend that was
-    asked for and cannot run raises RuntimeError here; an operation for which it has no kernel runs in plain torch.
+    asked for and cannot run raises RuntimeError here; an operation for which it has no kernel, or on tensors of another
+    device, runs in plain torch.
     """
     one_of("backend", name, get_args(Backend))
     if name in ("cpu", "triton") and (reason := unavailable(name)):
@@ -85,7 +86,8 @@ def _kernel(name: str, like: Tensor) -> Any:
         return None
     home = "cpu" if like.device.type == "cpu" else "triton" if like.device.type == "cuda" else None
     wanted = home if chosen == "auto" else chosen
-    if wanted is None or (wanted == "cpu" and home != "cpu") or not _can_run(wanted):
+    interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # there, on a CPU
+    if wanted is None or (wanted != home and not interpreted) or not _can_run(wanted):
         return None
     return _find(wanted, name)
 

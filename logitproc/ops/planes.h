@@ -9,9 +9,7 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <thread>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -164,15 +162,10 @@ void plane_scores(const uint8_t* plane, const int8_t* codes, const float* units,
   const int64_t size = groups * kBytes, ahead = (kAhead + size - 1) / size;
   const Call call{plane, codes, units, arrange(states, batch * groups), t, rows, out, n, groups, batch, factor, ahead};
   const int64_t chunk = std::max<int64_t>(16, std::min(kChunk / size, n / (8 * threads)));
-  std::atomic<int64_t> taken{0};
-  const auto work = [&] {  // in chunks: a thread that has to wait for its core does not hold up the other
-    for (int64_t i; (i = taken.fetch_add(chunk)) < n;)
-      (batch == 1 ? sweep<4, 1> : sweep<3, 2>)(call, i, std::min(n, i + chunk));
-  };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
-  for (auto& thread : others) thread.join();
+  // In chunks, to whoever is free: a thread that has to wait for its core does not hold up the other.
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic) if (n > chunk)
+  for (int64_t i = 0; i < n; i += chunk)
+    (batch == 1 ? sweep<4, 1> : sweep<3, 2>)(call, i, std::min(n, i + chunk));
 }
 
 // Asks Linux to hold these bytes in pages of 2 MiB, which are read faster by half than many small ones.

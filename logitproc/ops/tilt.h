@@ -67,7 +67,8 @@ struct Tilt {
     return {positive(a * shift), shift + a * m.variance()};
   }
 
-  // `tilt.root`: {a in [0, high] with R, F or J = nats, whether it lies beyond high}; a is float32 throughout, as the fused scores see it.
+  // `tilt.root`: {a in [0, high] with R, F or J = nats, whether it lies beyond high}; a is float32 throughout, as the
+  // fused scores see it.
   std::pair<float, bool> root(char target, double nats, float high, int64_t steps) const {
     const double goal = std::sqrt(2 * nats);
     const double start = goal / std::sqrt(variance) / (target == 'J' ? std::sqrt(2.0) : 1.0);

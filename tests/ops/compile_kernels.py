@@ -70,9 +70,8 @@ def calls() -> None:
 
 def main() -> None:
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: compile_for(kernel, *args, **kwargs)
-    dispatch.unavailable = lambda name: ""
-    with ops.backend("triton"):
-        calls()
+    dispatch._kernel = lambda name, like: getattr(kernels, name, None)  # for tensors on a CPU, too
+    calls()
     everything = {
         f"{module.__name__}.{name}"
         for module in (importlib.import_module(found.name) for found in pkgutil.iter_modules(

@@ -104,6 +104,16 @@ def test_other_dtypes_and_gradients_run_in_plain_torch(spied):
     assert not spied and scores.grad is not None
 
 
+def test_tensors_of_another_device_run_in_plain_torch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: "")
+    monkeypatch.setattr(dispatch, "_find", lambda home, name: pytest.fail(f"asked {home} for a tensor on a CPU"))
+    scores, target = nll_case(2, 10)
+    with ops.backend("triton"):
+        found = ops.nll(scores, target)
+    assert torch.equal(found, torch.nn.functional.cross_entropy(scores, target, reduction="none"))
+
+
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if torch.cuda.is_available():
