@@ -1,8 +1,9 @@
 """The verdicts of `eval/aligndistil.py`, its arms, and the preference pairs of `examples/fine_tune_pocket.py`."""
 
-import sys
 from pathlib import Path
 
+import aligndistil as study
+import fine_tune_pocket as fine_tune
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,6 @@ import logitproc as lp
 from logitproc.bundled import plainness
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "eval"), str(ROOT / "examples")]
-import aligndistil as study  # noqa: E402
-import fine_tune_pocket as fine_tune  # noqa: E402
 
 
 class Fake:

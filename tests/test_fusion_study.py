@@ -1,15 +1,11 @@
 """The judgement of `eval/fusion.py` on figures made up so that the right answer is known."""
 
 import math
-import sys
-from pathlib import Path
 
+import fusion
 import numpy as np
 import pytest
 from conftest import tiny_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import fusion  # noqa: E402
 
 TOKENS = np.full(60, 20)
 

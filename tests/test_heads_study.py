@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ FILE = Path(__file__).parent.parent / "eval/heads.py"
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(FILE.parent))
     spec = importlib.util.spec_from_file_location("heads_study", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,19 +1,15 @@
 """The speed table: what it times runs, what it compares is compared fairly, and a slower method does not pass."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import speed
+import speed_cases
+import speed_models
 import torch
 from elsewhere import DEVICE, Device
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import speed  # noqa: E402
-import speed_cases  # noqa: E402
-import speed_models  # noqa: E402
-from stopwatch import Stopwatch  # noqa: E402
+from stopwatch import Stopwatch
 
 SMALL = ["--device", "cpu", "--parts", "steps", "--vocabularies", "9000", "--batches", "2", "--models", "--debug"]
 COSTS = {"suppression ratio": 40.0, "ngram lift": 300.0}

@@ -1,16 +1,12 @@
 """The verdicts of `eval/study.py`."""
 
-import sys
-from pathlib import Path
 
+import lora
 import numpy as np
 import pytest
+import study
 import torch
 from conftest import tiny_model
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import lora  # noqa: E402
-import study  # noqa: E402
 
 
 def cells(base, held_out, rep=0.0, prompts=20, spread=0.05):

@@ -1,7 +1,5 @@
 """The judgement and the sampler of eval/suppression_study.py, on numbers worked by hand and a tiny model."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 import logitproc as lp
 
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import suppression_study as study  # noqa: E402
+import suppression_study as study
 
 
 def cell(diversity: float, accuracy: float, nats: float, items: int = 400):

@@ -18,9 +18,7 @@ SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
 
 @pytest.fixture(scope="module")
 def sweep():
-    sys.path.insert(0, str(EVAL))
-    yield importlib.import_module("sweep")
-    sys.path.remove(str(EVAL))
+    return importlib.import_module("sweep")
 
 
 @pytest.fixture(scope="module")
