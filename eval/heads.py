@@ -47,7 +47,6 @@ from logitproc.heads import (
     Int4Head,
     Int8Head,
     RefinedHead,
-    ScreenedHead,
     Statistics,
     VQHead,
     attach,
@@ -155,9 +154,10 @@ def quality(args: argparse.Namespace) -> list[Row]:
     judge("int8", 0, Int8Head.of(held.weight), 0.0)
     if width % 16 == 0 == d % 32:
         judge("int4", 0, Int4Head.of(held.weight), 0.0)
-    products = Statistics.of(reading.first(1 << 14)).products
-    for kept, best in ((d // 8, width // 64), (d // 4, width // 64)):
-        judge(f"screened {kept}+{best}", 0, ScreenedHead.of(held.weight, None, products, kept=kept, best=best), 0.0)
+    for directions in (d // 8, d // 4):
+        began, best = time.perf_counter(), width // 64
+        head = VQHead.fit(_Stub(held.weight), reading, screened=directions, refine=best)
+        judge(f"screened {directions}, refine {best}", 0, head, time.perf_counter() - began)
     for codes in args.codes:
         for name in args.kinds:
             kind, options = KIND_SETTINGS[name]

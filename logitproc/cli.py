@@ -752,23 +752,28 @@ def apply_labels(
 @fit.command("vq")
 def fit_vq(
     context: typer.Context,
-    codes: Annotated[int, Option(metavar="K", min=1, help="Codes to multiply with, instead of every token.")],
     calibration: Annotated[
         str, Option(metavar="FILE|DATASET", help="Text to fit to and, its last tenth, to judge with.")
     ],
     out: Annotated[str, Option(metavar="FOLDER", help="Where to save the head.")],
+    codes: Annotated[
+        int | None, Option(metavar="K", help="Codes to multiply with, instead of every token.")
+    ] = None,
     model: Annotated[str, Option(metavar="NAME", help="A bundled model, a folder, or ORG/NAME.")] = "base",
     kind: Annotated[
         str, Option(metavar="KIND", help="paper, weighted, distilled, tiebreak or residual.")
     ] = "weighted",
+    refine: Annotated[
+        int, Option(metavar="N", help="Score the N best tokens again with the model's own rows.")
+    ] = 0,
+    screened: Annotated[
+        int, Option(metavar="R", help="In place of codes, the R directions in which a state is largest.")
+    ] = 0,
     tokens: Annotated[int, Option(metavar="N", min=1, help="At most so many tokens of the text.")] = 1 << 16,
     seed: Annotated[int, Option(metavar="N", min=0, max=MAX_SEED)] = 0,
     converted: Annotated[
         str | None, Option(metavar="FOLDER", help="Save the model with that head too, for from_pretrained.")
     ] = None,
-    refine: Annotated[
-        int, Option(metavar="N", min=0, help="There, score the N best tokens again with the model's own rows.")
-    ] = 0,
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option()] = "auto",
     device: Annotated[str, Option(metavar="NAME", help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
     force: Annotated[bool, Option("--force", help="Replace existing folders.")] = False,
@@ -778,49 +783,40 @@ def fit_vq(
     \b
     logitproc fit vq --codes 4096 --calibration book.txt --out runs/head
     logitproc fit vq --model org/name --codes 16384 --calibration book.txt --out head --converted org-name-vq
+    logitproc fit vq --screened 32 --refine 512 --calibration book.txt --out runs/screened
 
     Tokens that share a code cannot be told apart by it: the report gives the perplexity that this costs on
-    text the fit has not seen, and the least that any choice of codes must cost. --refine tells them apart: the
-    converted model is then as large as before, and its head faster, not smaller.
+    text the fit has not seen, and the least that any choice of codes must cost. --refine tells them apart. It
+    and --screened make a head faster, not smaller: it holds as many numbers as the model's own, or more.
     """
-    if refine and not converted:
-        raise ValueError("--refine needs --converted: a head alone does not hold the model's own rows.")
     source = find_model(model)
     _quiet(context)
     from transformers import AutoTokenizer
 
     from .artifact import check_new, new_folder
-    from .heads import Calibration, RefinedHead, VQHead, convert, evaluate
+    from .heads import VQHead, convert
 
     for folder in filter(None, (out, converted)):
         check_new(folder, force)
     tokenizer = AutoTokenizer.from_pretrained(source)
     loaded = load_model(source, dtype, choose_device(device), None)
-    own = loaded.get_output_embeddings()
-    if refine > own.out_features:
-        raise ValueError(f"--refine {refine} is more than the {own.out_features} tokens of the vocabulary.")
-    text: Any = calibration
-    if refine:  # the same reading judges the refined head
-        text = Calibration.collect(loaded, calibration, tokenizer, tokens=tokens, report=_show_stage)
     head = VQHead.fit(
-        loaded, text, codes=codes, kind=kind, seed=seed, tokenizer=tokenizer, tokens=tokens, report=_show_stage
-    )
+        loaded, calibration, codes=codes, kind=kind, refine=refine, screened=screened, seed=seed, tokenizer=tokenizer,
+        tokens=tokens, report=_show_stage,
+    )  # fmt: skip
     head.save(out, force=force)
-    print(f"Fitted {codes:,} codes of kind {kind} to {head.about['tokens']:,} tokens of {calibration}.")
-    print(_table(_head_report(head, loaded.get_input_embeddings().weight is own.weight)))
+    what = f"{codes:,} codes of kind {kind}" if codes else f"{screened:,} directions"
+    print(f"Fitted {what} to {head.about['tokens']:,} tokens of {calibration}.")
+    print(_table(_head_report(head, loaded)))
     print(f"Saved to {out}: lp.attach(model, lp.VQHead.load({out!r})).")
     if head.token_weights is not None:
         proc = shlex.quote(f"vq:head={out}")
         print(f'  logitproc generate --model {shlex.quote(model)} --prompt "..." --proc {proc}')
     if converted:
         with new_folder(converted, force) as new:
-            best = RefinedHead.of(head, own.weight, own.bias, best=refine) if refine else head
-            convert(loaded, best).save_pretrained(new)
+            convert(loaded, head).save_pretrained(new)
             tokenizer.save_pretrained(new)
         print(f"Saved the model with this head to {converted}:")
-        if refine:
-            ratio = evaluate(best, text.parts[1]).perplexity_ratio
-            print(f"  the {refine:,} best tokens scored again: perplexity x {ratio:.3f}")
         print(f'  logitproc generate --model {shlex.quote(converted)} --prompt "..."')
 
 
@@ -835,16 +831,23 @@ def _show_stage(progress: "HeadProgress") -> None:
         print(line, file=sys.stderr)
 
 
-def _head_report(head: Any, tied: bool) -> list[tuple[str, str]]:
-    """What a fitted head costs on text it has not seen, and what it saves of a model with tied embeddings or not."""
+def _head_report(head: Any, model: Any) -> list[tuple[str, str]]:
+    """What a fitted head costs on text it has not seen, and what it saves."""
+    from .heads import DenseHead
+
     held, floors, floats = head.about["held_out"], head.about["floors"], head.num_float_params()
-    fewer = f"{1 - floats / (head.in_features * head.out_features):.1%} fewer than the model's own"
+    own = model.get_output_embeddings()
+    dense = DenseHead.of(own.weight, own.bias)
+    saved, read = 1 - floats / dense.num_float_params(), head.bytes_per_step() / dense.bytes_per_step()
+    fewer = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} than the model's own"
+    tied = ", which stays as its input embedding" if model.get_input_embeddings().weight is own.weight else ""
     rows = [
         ("  perplexity", f"x {held['perplexity_ratio']:.3f} of {held['perplexity']:.2f}, on {held['tokens']:,} tokens"),
         ("  KL(dense || head)", f"{held['kl']:.4f} nats"),
         ("  same most probable token", f"{held['agreement']:.1%}"),
         ("  different tokens it finds so", f"{held['distinct']:,} of {held['distinct_dense']:,}"),
-        ("  numbers in the head", f"{floats:,}, {fewer}" + (", which stays as its input embedding" if tied else "")),
+        ("  numbers in the head", f"{floats:,}, {fewer}{tied}"),
+        ("  bytes that a step reads", f"{head.bytes_per_step():,}, {read:.1%} of the model's own"),
     ]
     if floors:
         rows += [

@@ -1,7 +1,5 @@
 """The verdicts of `eval/aligndistil.py`, its arms, and the preference pairs of `examples/fine_tune_pocket.py`."""
 
-from pathlib import Path
-
 import aligndistil as study
 import fine_tune_pocket as fine_tune
 import numpy as np
@@ -11,8 +9,6 @@ from conftest import tiny_model, tiny_tokenizer
 
 import logitproc as lp
 from logitproc.bundled import plainness
-
-ROOT = Path(__file__).parent.parent
 
 
 class Fake:

@@ -717,16 +717,25 @@ def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refuse
     assert status == 0
     preview[2] = converted
     assert run(*preview)[:2] == (0, shown)
-    refined, width = tmp_path / "refined", json.loads((converted / "config.json").read_text())["vocab_size"]
-    status, printed, _ = run(*arguments, "--out", out, "--converted", refined, "--refine", width, "--force")
-    assert status == 0 and f"the {width} best tokens scored again: perplexity x 1.000" in printed
     plain = run(*[*preview[:2], "mini", *preview[3:]])[1]
-    assert run(*[*preview[:2], refined, *preview[3:]])[:2] == (0, plain)
-    assert "--refine needs --converted" in refused(*arguments, "--out", tmp_path / "x", "--refine", 5)
-    many = ["--out", tmp_path / "x", "--converted", tmp_path / "y", "--refine", width + 1]
-    assert f"more than the {width} tokens" in refused(*arguments, *many)
+    screened = [*arguments[:4], *arguments[6:], "--screened", 8]
+    width = json.loads((converted / "config.json").read_text())["vocab_size"]
+    for refined in ([*arguments, "--refine", width], [*screened, "--refine", width]):
+        status, printed, _ = run(*refined, "--out", out, "--converted", converted, "--force")
+        assert status == 0 and "perplexity                    x 1.000 of" in printed
+        assert "more than the model's own" in printed
+        assert run(*preview)[:2] == (0, plain)
+    for given, words in (
+        ([*arguments, "--refine", width + 1], f"refine must be between 0, for none, and the {width} tokens"),
+        ([*arguments, "--screened", 8], "screened takes directions in place of codes"),
+        ([*screened, "--screened", 999], "screened must be between 0, for none, and the 16 features"),
+        ([*screened, "--screened", 0], "codes is missing: how many the head has"),
+        ([*arguments, "--codes", 9000], "9000 codes are more than the"),
+        ([*arguments, "--codes", 0], "codes must be a whole number of at least 1, got 0"),
+        ([*arguments, "--kind", "papr"], "kind of head 'papr'"),
+    ):
+        assert words in refused(*given, "--out", tmp_path / "x"), words
     assert "exists" in refused(*arguments, "--out", out)
-    assert "9000 codes are more than the" in refused(*arguments, "--codes", 9000, "--out", tmp_path / "x")
-    assert "kind of head 'papr'" in refused(*arguments, "--kind", "papr", "--out", tmp_path / "x")
     text.write_text("Too short.")
-    assert "calibration text is too short" in refused(*arguments, "--out", tmp_path / "x")
+    assert "calibration text is too short" in refused(*screened, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -5,6 +5,7 @@ from .calibration import Calibration, Floors, Statistics
 from .clustering import Progress, kmeans
 from .evaluation import Figures, evaluate
 from .exact import ExactHead
+from .fitted import FittedHead
 from .floors import tie_floor, tie_floor_min
 from .head import KINDS, DenseHead, Head
 from .quantised import Int4Head, Int8Head
@@ -12,7 +13,7 @@ from .refine import RefinedHead, ScreenedHead
 from .vq import VQHead
 
 __all__ = [
-    "KINDS", "Calibration", "DenseHead", "ExactHead", "Figures", "Floors", "Head", "Int4Head", "Int8Head", "Progress",
-    "RefinedHead", "ScreenedHead", "Statistics", "VQHead", "attach", "convert", "converted_classes", "detach",
-    "evaluate", "kmeans", "load_converted", "recognise", "tie_floor", "tie_floor_min",
+    "KINDS", "Calibration", "DenseHead", "ExactHead", "Figures", "FittedHead", "Floors", "Head", "Int4Head", "Int8Head",
+    "Progress", "RefinedHead", "ScreenedHead", "Statistics", "VQHead", "attach", "convert", "converted_classes",
+    "detach", "evaluate", "kmeans", "load_converted", "recognise", "tie_floor", "tie_floor_min",
 ]  # fmt: skip

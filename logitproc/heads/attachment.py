@@ -12,10 +12,10 @@ from types import MethodType
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..registry import unknown
-from .head import Head, fingerprint
+from .head import Head, fingerprint, softcapped
 
 _PREFIX = "logitproc_"  # of the model type of a converted model
 _CODE = "modeling_logitproc.py"
@@ -36,6 +36,27 @@ def mounted(model: Any, module: Any) -> Iterator[Any]:
         yield module
     finally:
         _put(model, old)
+
+
+class _Probe(nn.Module):
+    """A head that says the same of every state: numbers from -50 to 50."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.linspace(-50, 50, 41).to(hidden).expand(*hidden.shape[:-1], -1)
+
+
+@torch.no_grad()
+def softcap_of(model: Any) -> float | None:
+    """The cap of a model that soft-caps the logits of its head, as its config says and a step of it confirms.
+
+    Raises ValueError when the model changes its head's logits in another way: scales them, for one.
+    """
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    with mounted(model, _Probe()) as probe:
+        found = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits
+    if not torch.allclose(found.float(), softcapped(probe(found), cap).float(), rtol=0.02):
+        raise ValueError("This model changes its logits after the head, not by soft-capping alone; no head fits it.")
+    return cap
 
 
 # --- for a while ---

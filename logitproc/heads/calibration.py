@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..artifact import describe_tokenizer
 from ..corpus import documents
-from .attachment import mounted
+from .attachment import mounted, softcap_of
 from .clustering import Progress, Report
 from .floors import tie_floor, tie_floor_min
-from .head import fingerprint
+from .head import fingerprint, softcapped
 
 _ELEMENTS = 1 << 24  # scores held at once
 _SMOOTHING = 0.1  # eps of p~ = (1 - eps) p + eps / V
@@ -31,6 +31,7 @@ class Calibration:
     states      [T, d], what the head receives, in the model's dtype
     labels      [T] int64, the token that follows
     tokenizer   as `describe_tokenizer` gives it
+    softcap     the cap of a model that soft-caps its head's logits, or None
     text        SHA-256 of the token ids, to tell calibration from evaluation text
     """
 
@@ -39,6 +40,7 @@ class Calibration:
     states: Tensor
     labels: Tensor
     tokenizer: dict[str, Any]
+    softcap: float | None = None
     text: str = ""
 
     @classmethod
@@ -60,9 +62,10 @@ class Calibration:
         `tokenizer`, that of `model.name_or_path` is loaded. Memory: tokens * d numbers in the model's dtype.
 
         Raises ValueError when the text has less than one piece, the head has NaN or infinite weights, or the
-        model changes its logits after the head in a way that a fit to plain logits would miss.
+        model changes its logits after the head otherwise than by soft-capping them.
         """
         weight, bias = _linear(model)
+        softcap = softcap_of(model)
         if tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -79,9 +82,8 @@ class Calibration:
                 if report is not None:
                     report(Progress("reading", done * batch_size + len(batch), len(ids), {}))
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        return cls(
-            weight, bias, torch.cat(states), ids[:, 1:].reshape(-1), describe_tokenizer(tokenizer), digest
-        )
+        labels = ids[:, 1:].reshape(-1)
+        return cls(weight, bias, torch.cat(states), labels, describe_tokenizer(tokenizer), softcap, digest)
 
     @property
     def source(self) -> str:
@@ -107,16 +109,18 @@ class Calibration:
         return replace(self, states=self.states[:states], labels=self.labels[:states])
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(states [b, d], labels [b], float32 logits of the dense head [b, V]) in blocks that fit in memory."""
+        """(states [b, d], labels [b], float32 logits of the model [b, V]) in blocks that fit in memory.
+
+        Logits are float64 for float64 states.
+        """
         size = max(1, _ELEMENTS // len(self.weight))
         for states, labels in zip(self.states.split(size), self.labels.split(size), strict=True):
-            yield states, labels, dense(states, self.weight, self.bias)
+            logits = self.seen(nn.functional.linear(states, self.weight, self.bias))
+            yield states, labels, logits if logits.dtype is torch.float64 else logits.float()
 
-
-def dense(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W h + beta as the model computes it, [b, V] float32 (float64 for float64 states)."""
-    logits = nn.functional.linear(states, weight, bias)
-    return logits if logits.dtype is torch.float64 else logits.float()
+    def seen(self, logits: Tensor) -> Tensor:
+        """What the model makes of the logits of a head."""
+        return softcapped(logits, self.softcap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,11 +248,6 @@ def _linear(model: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"A head is fitted to a linear output layer; this model has {type(head).__name__}.")
     if not torch.isfinite(head.weight).all() or head.bias is not None and not torch.isfinite(head.bias).all():
         raise ValueError("The head of this model holds NaN or infinite weights; load an intact checkpoint.")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"This model changes its logits after the head ({key}); heads are fitted to plain logits only."
-            )
     return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
 

@@ -28,7 +28,7 @@ def evaluate(head: nn.Module, calibration: Calibration) -> Figures:
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     seen = torch.zeros(2, len(calibration.weight), dtype=torch.bool, device=device)
     for states, labels, logits in calibration.logits():
-        approximate = head(states)
+        approximate = calibration.seen(head(states))
         log_p = logits.log_softmax(-1)
         log_q = approximate.to(logits.dtype).log_softmax(-1)
         labels = labels.to(device)[:, None]

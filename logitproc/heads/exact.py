@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import one_of
-from .head import DenseHead, Head, fingerprint, name_of
+from .attachment import softcap_of
+from .head import DenseHead, Head, fingerprint, name_of, softcapped
 from .planes import Planes, States, round_states, rounding, scores
 
 Mode = Literal["checked", "deferred"]
@@ -120,8 +121,8 @@ class ExactHead(Head):
             )
         if not 1 <= m <= min(MOST, own.out_features):
             raise ValueError(f"m must be between 1 and {min(MOST, own.out_features)}, got {m}.")
-        if softcap is None and hasattr(model, "config"):
-            softcap = getattr(model.config, "final_logit_softcapping", None)
+        if softcap is None and own is not model:
+            softcap = softcap_of(model)
         head = {"exact_int8": ExactInt8Head, "exact_nested": ExactNestedHead}[kind](
             own.in_features, own.out_features, m, mode, capacity, max_rows, softcap, own.bias is not None,
             name_of(own.weight.dtype),
@@ -283,10 +284,7 @@ class ExactHead(Head):
 
     def _seen(self, logits: Tensor) -> Tensor:
         """What the model makes of a logit: rounded to its dtype, and capped in it. Monotone."""
-        seen = logits.to(getattr(torch, self.spec["dtype"]))
-        if self.softcap is not None:
-            seen = (seen / self.softcap).tanh() * self.softcap
-        return seen.float()
+        return softcapped(logits.to(getattr(torch, self.spec["dtype"])), self.softcap).float()
 
     def _ambiguous(self, ids: Tensor, low: Tensor, high: Tensor, z: Tensor) -> Tensor:
         """Whether rounding could change the m best; ids ascend, and one may stand twice.

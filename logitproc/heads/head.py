@@ -105,6 +105,11 @@ class DenseHead(Head):
         return nn.functional.linear(hidden, self.weight, self.bias)
 
 
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(z / c), what Gemma 2 makes of its head's logits z, in their dtype; z for no cap."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
 def zeros(*shape: int, dtype: str | torch.dtype = "float32") -> Tensor:
     return torch.zeros(*shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 

@@ -1,7 +1,8 @@
-"""Approximate heads whose best tokens are scored again with the true rows: fast, but W stays stored.
+"""What makes an approximate head fast without giving up its best tokens; the model's own rows stay stored.
 
-`refine` takes any approximate head. `screened` approximates by the few directions in which a hidden state is large
-(screen and refine). Tokens outside the N best keep their approximate logit: a sum over V stays sensible.
+`RefinedHead` scores the N best tokens of any approximate head again with the true rows: `refine=N`. `ScreenedHead`
+approximates, in place of codes, by the few directions in which a hidden state is large: `screened=R`. Tokens outside
+the N best keep their approximate logit, so a sum over V stays sensible.
 """
 
 from typing import Any, Self
@@ -9,19 +10,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .head import DenseHead, Head, zeros
+from .fitted import FittedHead
+from .head import DenseHead, Head, name_of, zeros
+
+_GATHERED = 1 << 24  # numbers of rows gathered at once
 
 
-def rescored(approximate: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, best: int) -> Tensor:
-    """The N best logits of each row replaced by exact ones: approximate [..., V], hidden [..., d]. A new tensor."""
-    ids = approximate.topk(min(best, len(weight)), sorted=False).indices
-    exact = (weight[ids] @ hidden[..., None])[..., 0]
-    if bias is not None:
-        exact = exact + bias[ids]
-    return approximate.scatter(-1, ids, exact.to(approximate.dtype))
-
-
-class RefinedHead(Head):
+class RefinedHead(FittedHead):
     """An approximate head, and the model's own rows for its N best tokens. N = V is the dense head."""
 
     kind = "refine"
@@ -39,8 +34,6 @@ class RefinedHead(Head):
     @classmethod
     def of(cls, head: Head, weight: Tensor, bias: Tensor | None = None, *, best: int) -> Self:
         """`head` refined by `weight` [V, d] and `bias` [V], which are shared and not copied."""
-        if not 1 <= best <= head.out_features:
-            raise ValueError(f"refine must be between 1 and the {head.out_features} tokens, got {best}.")
         dense = DenseHead.of(weight, bias)
         with torch.device("meta"):
             new = cls(
@@ -51,64 +44,71 @@ class RefinedHead(Head):
         return new
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return rescored(self.inner(hidden), hidden, self.dense.weight, self.dense.bias, self.best)
+        approximate = self.inner(hidden).reshape(-1, self.out_features)
+        states = hidden.reshape(-1, self.in_features)
+        block = max(1, _GATHERED // (self.best * self.in_features))
+        parts = zip(states.split(block), approximate.split(block), strict=True)
+        return torch.cat([self._rescored(*part) for part in parts]).reshape(*hidden.shape[:-1], -1)
+
+    def _rescored(self, states: Tensor, approximate: Tensor) -> Tensor:
+        ids = approximate.topk(self.best, sorted=False).indices
+        exact = (self.dense.weight[ids] @ states[..., None])[..., 0]
+        if self.dense.bias is not None:
+            exact = exact + self.dense.bias[ids]
+        return approximate.scatter(-1, ids, exact.to(approximate.dtype))
 
     def bytes_per_step(self, batch: int = 1) -> int:
         rescored = batch * self.best * self.in_features * self.dense.weight.element_size()
         return self.inner.bytes_per_step(batch) + rescored
 
 
-class ScreenedHead(Head):
-    """z = sum over the r0 largest coordinates of t = U^T h of t_i (W u_i), then the N best exactly.
+class ScreenedHead(FittedHead):
+    """z = beta + sum over the R largest coordinates of t = U^T h of t_i (W u_i); R = d is the dense head.
 
-    U are the eigenvectors of E[h h^T]; a coordinate is large by |t_i| ||W u_i||. The product W U is stored beside W,
-    a column a row, so that a step reads r0 of its rows.
+    U are the eigenvectors of E[h h^T]; a coordinate is large by |t_i| ||W u_i||. The product W U is stored a column a
+    row, so that a step reads R of its rows: as many numbers as the dense head has, and d^2 more, of which few are read.
     """
 
     kind = "screened"
     basis: Tensor
     columns: Tensor
     norms: Tensor
-    dense: DenseHead
+    bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, kept: int, best: int, dense: dict[str, Any]):
-        super().__init__(in_features, out_features, kept=kept, best=best, dense=dense)
-        self.kept, self.best = kept, best
-        self.basis = nn.Parameter(zeros(in_features, in_features, dtype=dense["dtype"]), requires_grad=False)
-        self.columns = nn.Parameter(
-            zeros(in_features, out_features, dtype=dense["dtype"]), requires_grad=False
-        )
+    def __init__(
+        self, in_features: int, out_features: int, directions: int, bias: bool = False, dtype: str = "float32"
+    ):
+        super().__init__(in_features, out_features, directions=directions, bias=bias, dtype=dtype)
+        self.directions = directions
+        parameter = lambda *shape: nn.Parameter(zeros(*shape, dtype=dtype), requires_grad=False)
+        self.basis = parameter(in_features, in_features)
+        self.columns = parameter(in_features, out_features)
+        self.bias = parameter(out_features) if bias else None
         self.register_buffer("norms", zeros(in_features))
-        self.dense = DenseHead(**dense)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, weight: Tensor, bias: Tensor | None, products: Tensor, *, kept: int, best: int) -> Self:
-        """products [d, d] is proportional to E[h h^T]; weight [V, d] and bias [V] are shared and not copied."""
-        dense = DenseHead.of(weight, bias)
-        head = cls(weight.shape[1], weight.shape[0], kept, best, dense.spec)
+    def of(cls, weight: Tensor, bias: Tensor | None, products: Tensor, *, directions: int) -> Self:
+        """For weight [V, d] and bias [V]; products [d, d] is proportional to E[h h^T]."""
+        head = cls(weight.shape[1], weight.shape[0], directions, bias is not None, name_of(weight.dtype))
+        head = head.to(weight.device)
         basis = torch.linalg.eigh(products.double()).eigenvectors.flip(1).float()
         head.basis.copy_(basis)
         for rows, into in zip(weight.split(4096), head.columns.split(4096, 1), strict=True):
             into.copy_((rows.float() @ basis).T)
         head.norms.copy_(head.columns.float().norm(dim=1))
-        head.dense, head.source = dense, dense.source
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias)
         return head
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, self.in_features)
-        coordinates = rows @ self.basis
-        chosen = (coordinates.abs() * self.norms).topk(self.kept).indices
-        scores = [t[i] @ self.columns[i] for t, i in zip(coordinates, chosen, strict=True)]
-        logits = torch.stack(scores)
-        if self.dense.bias is not None:
-            logits = logits + self.dense.bias
-        logits = rescored(logits, rows, self.dense.weight, self.dense.bias, self.best)
+        coordinates = hidden.reshape(-1, self.in_features) @ self.basis
+        chosen = (coordinates.abs() * self.norms).topk(self.directions).indices
+        logits = torch.stack([t[i] @ self.columns[i] for t, i in zip(coordinates, chosen, strict=True)])
+        if self.bias is not None:
+            logits = logits + self.bias
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def bytes_per_step(self, batch: int = 1) -> int:
-        size, d = self.columns.element_size(), self.in_features
-        return (
-            size * (d * d + batch * (self.kept * self.out_features + self.best * d + d + self.out_features))
-            + 4 * d
-        )
+        unread = self.in_features - batch * self.directions  # rows of `columns`; a batch may read some twice
+        return super().bytes_per_step(batch) - unread * self.out_features * self.columns.element_size()

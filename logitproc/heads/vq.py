@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Artifact, kind_of
 from ..ops.dispatch import op
 from ..registry import unknown
 from .calibration import Calibration, Floors, Statistics, codes_sum
 from .clustering import Progress, Report, kmeans, means
 from .evaluation import evaluate
+from .fitted import FittedHead
 from .floors import check_codes, tie_floor_min
-from .head import KINDS, Head, fingerprint, name_of, zeros
+from .head import KINDS, fingerprint, name_of, zeros
+from .refine import RefinedHead, ScreenedHead
 
 _CACHED = 1 << 27  # scores of codes, or teacher posteriors, held at once
 _POINTS = 1 << 30  # whitened rows held in float32; more of them are held in bfloat16
@@ -38,7 +38,7 @@ _TOKEN_PASSES, _TOKEN_STATES = 10, 4096  # of matching a bias token by token
 SINGLETONS = 0.75  # share of the codes that are given to the commonest tokens
 
 
-class VQHead(Head, Artifact):
+class VQHead(FittedHead):
     """z_v = sum_j (C h)[M_j(v)] + u_v . (P h) + b_v; hidden states [..., d] -> logits [..., V].
 
     codes        [K, d] parameter, model's dtype
@@ -48,14 +48,11 @@ class VQHead(Head, Artifact):
 
     Products are accumulated in float32 and rounded to the model's dtype, sums are float32, and the result has the
     dtype of the hidden states. Tokens that agree in all codes, bias and row have the same logit, bit for bit.
-    `save` and `load` keep it as a folder; `about` says how it was fitted and what it cost on held-out text.
     """
 
     codes: Tensor
     mapping: Tensor
     bias: Tensor | None
-    tokenizer: dict[str, Any]
-    about: dict[str, Any]
 
     def __init__(
         self,
@@ -75,11 +72,6 @@ class VQHead(Head, Artifact):
         self.register_buffer("bias", zeros(out_features) if bias else None)
         self.rows = nn.Parameter(zeros(out_features, rank, dtype=dtype)) if rank else None
         self.projection = nn.Parameter(zeros(rank, in_features, dtype=dtype)) if rank else None
-        self.tokenizer, self.about = {"vocab_size": out_features}, {}
-        # The weights whose mean of rows each code is, and the bias that makes means of dense logits this head's
-        # logits: what `VQLogitsProcessor` needs. None where codes are no means of rows.
-        self.token_weights: Tensor | None = None
-        self.token_bias: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         scores, extra = nn.functional.linear(hidden, self.codes), None
@@ -96,7 +88,8 @@ class VQHead(Head, Artifact):
         """ln q(token | h), [...], of tokens [...] given states [..., d], which may broadcast, from K logits and not V.
 
         ln q(v) = s_k + b_v - logsumexp_k(s_k + A_k), with A_k the logsumexp of b over the tokens of k. Exact in
-        float32 and float64; in half precision `forward` rounds once more.
+        float32 and float64; in half precision `forward` rounds once more. This and the next two are about the logits
+        that the head returns: a model that soft-caps them afterwards makes other probabilities of them.
         """
         scores, bias, code = self._scores(hidden), self._bias(), self.mapping[0].long()
         total = (scores + self._masses().to(scores)).logsumexp(-1)
@@ -150,19 +143,25 @@ class VQHead(Head, Artifact):
         model: Any,
         calibration: "str | Path | Iterable[str] | Calibration",
         *,
-        codes: int,
+        codes: int | None = None,
         kind: str = "weighted",
+        refine: int = 0,
+        screened: int = 0,
         seed: int = 0,
         tokenizer: Any = None,
         tokens: int = 1 << 16,
         report: Report | None = None,
         **options: Any,
-    ) -> "VQHead":
+    ) -> FittedHead:
         """A head for `model` with `codes` codes, fitted to what the model predicts on a text.
 
         `calibration` is a text, of which `Calibration.collect` reads up to `tokens` tokens, or a `Calibration`, to
         fit several heads to one reading. A tenth of it judges: `head.about["held_out"]`. `report` receives every
-        `Progress`. `options`:
+        `Progress`.
+
+        Two things make a head faster and no smaller. `refine=N` scores its N best tokens again with the model's own
+        rows, which it then holds too (`RefinedHead`). `screened=R` takes the R directions in which a state is largest
+        in place of codes (`ScreenedHead`), and wants refining. `options`:
 
             singletons=0.75      weighted, distilled, tiebreak: the share of codes given to the commonest tokens
             start="weighted"     distilled: the kind to start from; "paper" trains its codes without a bias
@@ -170,41 +169,48 @@ class VQHead(Head, Artifact):
             rank=16              tiebreak: r
             books=2              residual: J
 
+        A model that soft-caps its logits (Gemma 2) is fitted and judged by the capped ones. There every bias is matched
+        token by token, and `distilled` is refused: mass does not add up over codes.
+
         The same seed, device and number of threads give the same head.
 
-        Raises ValueError for more codes than tokens or none, a text with fewer tokens than codes or for another
-        model, and what `Calibration.collect` refuses; LookupError for an unknown kind or option.
+        Raises ValueError for more codes than tokens or none, `codes` beside `screened`, counts out of range, a text
+        with fewer tokens than codes or for another model, and what `Calibration.collect` refuses; LookupError for
+        an unknown kind or option.
         """
-        if kind not in _fitted():
-            raise unknown("kind of head", kind, _fitted())
         weight = model.get_output_embeddings().weight
-        check_codes(codes, len(weight))
-        solve = _fitted()[kind]
-        for key in options:
-            if key not in solve.options:
-                raise unknown(f"option of {kind!r}", key, solve.options)
+        solve = _check(weight, codes, kind, refine, screened, options)
         if not isinstance(calibration, Calibration):
             calibration = Calibration.collect(model, calibration, tokenizer, tokens=tokens, report=report)
         if calibration.weight.shape != weight.shape or calibration.source != fingerprint(weight):
             raise ValueError("The calibration was collected from another model; collect it from this one.")
-        if len(calibration.states) < max(codes, 10):
+        if len(calibration.states) < (least := max(codes or 0, 10)):
             raise ValueError(
-                f"The calibration text is too short: {len(calibration.states)} tokens for {codes} codes; give at "
-                "least as many tokens as codes, better ten times."
+                f"The calibration text is too short: it has {len(calibration.states)} tokens; give at least {least}, "
+                "as many as codes, better ten times as many."
             )
         train, held = calibration.parts
-        problem = Problem(train, held, train.statistics, codes, seed, report)
-        if report is not None:  # what no mapping can avoid, before anything is fitted
-            least = tie_floor_min(problem.statistics.probability, codes)
-            report(Progress("floor", 1, 1, {"minimum": least}))
-        with torch.no_grad():
-            head = solve.solve(problem, **(solve.options | options))
+        head: FittedHead
+        floors = None
+        if codes is None:
+            head = ScreenedHead.of(train.weight, train.bias, train.statistics.products, directions=screened)
+        else:
+            problem = Problem(train, held, train.statistics, codes, seed, report)
+            if report is not None:  # what no mapping can avoid, before anything is fitted
+                minimum = tie_floor_min(problem.statistics.probability, codes)
+                report(Progress("floor", 1, 1, {"minimum": minimum}))
+            options = solve.options | options
+            with torch.no_grad():
+                head = made = solve.solve(problem, **options)
+            if len(made.mapping) == 1 and not refine:
+                floors = Floors.of(held, problem.statistics, made.mapping[0])._asdict()
+        if refine:
+            head = RefinedHead.of(head, train.weight, train.bias, best=refine)
         head.source, head.tokenizer = calibration.source, calibration.tokenizer
-        floors = Floors.of(held, problem.statistics, head.mapping[0]) if head.spec["books"] == 1 else None
         head.about = {
-            "codes": codes, "seed": seed, "options": solve.options | options, "calibration": calibration.text,
-            "tokens": len(calibration.states), "held_out": evaluate(head, held)._asdict(),
-            "floors": None if floors is None else floors._asdict(),
+            "codes": codes, "refine": refine, "screened": screened, "seed": seed, "options": options,
+            "calibration": calibration.text, "tokens": len(calibration.states),
+            "held_out": evaluate(head, held)._asdict(), "floors": floors,
         }  # fmt: skip
         return head
 
@@ -244,38 +250,6 @@ class VQHead(Head, Artifact):
         """A head of this kind with the codes, mapping and bias of another."""
         return cls.build(head.codes, head.mapping, head.bias)
 
-    # --- as an artifact ---
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        tensors = {key: value.detach().cpu() for key, value in self.state_dict().items()}
-        extra = {"token_weights": self.token_weights, "token_bias": self.token_bias}
-        tensors |= {key: value.cpu() for key, value in extra.items() if value is not None}
-        arrays = {key: _as_array(value) for key, value in tensors.items()}
-        return {"spec": self.spec, "source": self.source, "about": self.about}, arrays
-
-    @classmethod
-    def _restore(cls, tokenizer: dict, scalars: dict, arrays: dict[str, np.ndarray]) -> Self:
-        head: Any = Head.empty(cls.kind, scalars["spec"], scalars["source"])
-        extra = {
-            key: torch.from_numpy(arrays.pop(key)) for key in ("token_weights", "token_bias") if key in arrays
-        }
-        head.load_state_dict(
-            {key: _as_tensor(value, head.state_dict()[key].dtype) for key, value in arrays.items()}
-        )
-        head.tokenizer, head.about = tokenizer, scalars["about"]
-        head.token_weights, head.token_bias = extra.get("token_weights"), extra.get("token_bias")
-        return head
-
-    @classmethod
-    def load(cls, folder: str | Path, base: Path | None = None) -> Any:
-        """Read a saved head of any kind; errors as `Artifact.load`."""
-        if cls is not VQHead:
-            return super().load(folder, base)
-        kind = kind_of(folder, base)
-        if kind not in _fitted():
-            raise ValueError(f"{folder} holds a {kind!r}, not a head.")
-        return _fitted()[kind].load(folder, base)
-
 
 @op(half=True)
 def spread(scores: Tensor, mapping: Tensor, bias: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
@@ -301,14 +275,28 @@ def _fitted() -> dict[str, type[VQHead]]:
     return {kind: cls for kind, cls in KINDS.items() if issubclass(cls, VQHead)}
 
 
-def _as_array(tensor: Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
-
-
-def _as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    if dtype in (torch.bfloat16, torch.float16):  # stored as bits
-        return torch.from_numpy(array.astype(np.uint16)).view(dtype)
-    return torch.from_numpy(array).to(dtype)
+def _check(
+    weight: Tensor, codes: int | None, kind: str, refine: int, screened: int, options: dict[str, Any]
+) -> type[VQHead]:
+    """The class of `kind`, after every check of what `VQHead.fit` was asked for."""
+    if kind not in _fitted():
+        raise unknown("kind of head", kind, _fitted())
+    solve, (width, d) = _fitted()[kind], weight.shape
+    if screened and (codes is not None or kind != "weighted" or options):
+        raise ValueError("screened takes directions in place of codes; leave out codes, kind and its options.")
+    if codes is None and not screened:
+        raise ValueError("codes is missing: how many the head has; or give screened, a number of directions instead.")
+    if codes is not None:
+        check_codes(codes, width)
+    for key in options:
+        if key not in solve.options:
+            raise unknown(f"option of {kind!r}", key, solve.options)
+    for name, given, most, of in (
+        ("refine", refine, width, "tokens of the vocabulary"), ("screened", screened, d, "features of a hidden state"),
+    ):  # fmt: skip
+        if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= most:
+            raise ValueError(f"{name} must be between 0, for none, and the {most} {of}, got {given!r}.")
+    return solve
 
 
 # --- kinds ---
@@ -368,8 +356,11 @@ class WeightedHead(VQHead):
         points = lambda ids: whiten(problem.weight, statistics.root, ids=ids)
         mapping = partition(problem, options["singletons"], points)
         codes = means(problem.weight, statistics.curvature, mapping, problem.codes).to(problem.weight.dtype)
-        bias = matched_bias(codes, mapping, problem)
-        head = cls.build(codes, mapping, bias)
+        if problem.train.softcap is None:
+            head = cls.build(codes, mapping, matched_bias(codes, mapping, problem))
+        else:  # mass does not add up over codes
+            head = cls.build(codes, mapping, quick_bias((codes.double() @ statistics.mean)[mapping], problem))
+            _match_tokens(head, problem)
         _previewable(head, statistics.curvature, problem.train.bias)
         return head
 
@@ -387,6 +378,11 @@ class DistilledHead(VQHead):
 
     @classmethod
     def solve(cls, problem: Problem, **options: Any) -> "VQHead":
+        if problem.train.softcap is not None:
+            raise ValueError(
+                "This model soft-caps its logits, and kind 'distilled' is for plain ones; take weighted, tiebreak or "
+                "residual."
+            )
         if options["start"] not in ("weighted", "paper"):
             raise ValueError(f"start must be weighted or paper, got {options['start']!r}.")
         start = _fitted()[options["start"]].solve(problem, singletons=options["singletons"])
@@ -556,7 +552,7 @@ def _match_tokens(head: VQHead, problem: Problem) -> None:
     for step in range(1, _TOKEN_PASSES + 1):
         total = torch.zeros_like(pbar)
         for states, _, _ in train.logits():
-            total += head(states).float().softmax(-1).double().sum(0)
+            total += train.seen(head(states)).float().softmax(-1).double().sum(0)
         bias += pbar.log() - (total / len(train.states)).clamp(min=1e-12).log()
         if problem.report is not None:
             problem.report(Progress("bias", step, _TOKEN_PASSES, {}))

@@ -144,7 +144,7 @@ def test_every_kind_of_head_can_be_converted(kind, tied, tmp_path):
         ),
         "residual": lambda: KINDS["residual"].build(draw(8, D), torch.randint(0, 8, (2, V)), draw(V)),
         "refine": lambda: RefinedHead.of(head_for(made), weight, best=5),
-        "screened": lambda: ScreenedHead.of(weight, None, draw(D, D).square(), kept=4, best=5),
+        "screened": lambda: ScreenedHead.of(weight, None, draw(D, D).square(), directions=4),
         "int8": lambda: KINDS["int8"].of(weight),
     }[kind]()
     converted = lp.convert(made, head)

@@ -10,10 +10,10 @@ from logitproc.heads import (
     Int4Head,
     Int8Head,
     RefinedHead,
-    ScreenedHead,
     Statistics,
     VQHead,
     evaluate,
+    refine,
     vq,
 )  # fmt: skip
 from logitproc.heads.clustering import kmeans, means
@@ -131,16 +131,31 @@ def test_refining_all_tokens_gives_the_dense_head_and_fewer_come_closer(cal, hea
     assert torch.isfinite(refined[0](cal.states)).all()
 
 
-def test_screening_with_all_directions_gives_the_dense_head(cal):
-    products = cal.states.T @ cal.states
-    whole = ScreenedHead.of(cal.weight, None, products, kept=D, best=1)
-    torch.testing.assert_close(whole(cal.states), linear(cal.states, cal.weight), rtol=1e-4, atol=1e-4)
-    some = ScreenedHead.of(cal.weight, None, products, kept=6, best=10)
-    assert (
-        0
-        < evaluate(some, cal).kl
-        < evaluate(ScreenedHead.of(cal.weight, None, products, kept=3, best=10), cal).kl
-    )
+def test_screening_with_all_directions_gives_the_dense_head_and_more_come_closer(cal):
+    dense = linear(cal.states, cal.weight)
+    screened = [VQHead.fit(Stub(cal), cal, screened=n) for n in (3, 6, D)]
+    torch.testing.assert_close(screened[-1](cal.states), dense, rtol=1e-4, atol=1e-4)
+    kl = [evaluate(head, cal).kl for head in screened]
+    assert kl == sorted(kl, reverse=True)
+    assert evaluate(RefinedHead.of(screened[0], cal.weight, best=10), cal).kl < kl[0]
+
+
+@pytest.mark.parametrize("given", [{"codes": 16}, {"screened": 4}])
+def test_refining_is_an_option_of_the_fit_and_its_report(cal, given):
+    plain, refined = (VQHead.fit(Stub(cal), cal, refine=n, **given) for n in (0, 10))
+    expected = RefinedHead.of(plain, cal.weight, best=10)
+    assert torch.equal(refined(cal.states), expected(cal.states))
+    assert refined.about["held_out"] == evaluate(expected, cal.parts[1])._asdict() != plain.about["held_out"]
+    assert refined.about["refine"] == 10 and refined.about["floors"] is None
+    assert (plain.about["floors"] is None) == ("screened" in given)
+
+
+def test_many_states_are_refined_in_blocks(cal, heads, monkeypatch):
+    head = RefinedHead.of(heads["weighted"], cal.weight, best=4)
+    expected = head(cal.states)
+    monkeypatch.setattr(refine, "_GATHERED", 100)
+    torch.testing.assert_close(head(cal.states), expected)
+    assert head(cal.states[:6].reshape(2, 3, D)).shape == (2, 3, V)
 
 
 def test_a_dense_bias_is_kept():
@@ -291,6 +306,18 @@ def test_bfloat16_heads_are_kept_bit_for_bit(tmp_path):
     assert out.dtype is torch.bfloat16 and torch.equal(loaded(cal.states), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [{"codes": 16}, {"codes": 16, "kind": "residual"}, {"screened": 4}])
+def test_a_refined_head_keeps_the_rows_it_needs(given, dtype, tmp_path):
+    cal = calibration(dtype=dtype, bias=torch.linspace(-1, 1, V).to(dtype))
+    for n in (0, 5):
+        head = VQHead.fit(Stub(cal), cal, refine=n, **given)
+        head.save(tmp_path / str(n))
+        loaded = VQHead.load(tmp_path / str(n))
+        assert type(loaded) is type(head) and loaded.about == head.about
+        assert torch.equal(loaded(cal.states), head(cal.states))
+
+
 def test_the_same_seed_gives_the_same_head_and_another_seed_another(cal):
     a, b, c = (fit(cal, "weighted", seed=seed, singletons=0.2) for seed in (0, 0, 1))
     assert torch.equal(a.mapping, b.mapping) and torch.equal(a(cal.states), b(cal.states))
@@ -363,16 +390,21 @@ def test_bad_input_is_refused_in_one_sentence(cal):
         "kind of head 'wieghted'. Did you mean 'weighted'": {"codes": 8, "kind": "wieghted"},
         "16 codes cannot be divided among 3 books": {"codes": 16, "kind": "residual", "books": 3},
         "start must be weighted or paper": {"codes": 8, "kind": "distilled", "start": "tiebreak"},
+        "codes is missing: how many the head has; or give screened": {},
+        "screened takes directions in place of codes; leave out codes": {"codes": 8, "screened": 4},
+        "leave out codes, kind and its options": {"kind": "paper", "screened": 4},
+        "and the 61 tokens of the vocabulary, got 62": {"codes": 8, "refine": 62},
+        "refine must be between 0, for none, and the 61 tokens": {"codes": 8, "refine": -1},
+        "and the 12 features of a hidden state, got 13": {"screened": 13},
+        "screened must be between 0, for none, and the 12": {"screened": 0.5},
     }
     for sentence, given in cases.items():
         with pytest.raises((ValueError, LookupError), match=sentence):
             VQHead.fit(Stub(cal), cal, **given)
-    with pytest.raises(ValueError, match="too short: 30 tokens for 40 codes"):
+    with pytest.raises(ValueError, match="too short: it has 30 tokens; give at least 40"):
         VQHead.fit(Stub(cal), cal.first(30), codes=40)
     with pytest.raises(ValueError, match="collected from another model"):
         VQHead.fit(Stub(calibration(seed=5)), cal, codes=8)
-    with pytest.raises(ValueError, match="refine must be between 1 and the 61 tokens"):
-        RefinedHead.of(fit(cal, "paper"), cal.weight, best=0)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, heads):
