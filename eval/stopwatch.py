@@ -39,18 +39,19 @@ class Stopwatch:
         return (self.clock() - began) / count
 
     def in_turns(
-        self, calls: Mapping[Any, Call], rounds: int, budget: float = 1e9, least: int = 5, shortest: float = 1e-3
+        self, calls: Mapping[Any, Call], rounds: int, budget: float = 1e9, least: int = 5, shortest: float = 2e-3
     ) -> dict[Any, np.ndarray]:
         """Seconds of each call, [rounds]: in every round all take their turn, so that all see the same machine, in an
         order drawn anew, so that none is always the one after a call that empties the caches.
 
-        Each is called twice before, to warm up, and in a turn as often as fills `shortest` seconds. Rounds end
-        after `budget` seconds, though not before there are `least`.
+        Each is called twice before, to warm up, and in a turn as often as the fastest fills `shortest` seconds: the
+        first call of a turn finds the caches cold, and what that costs is spread over as many calls for all. Rounds
+        end after `budget` seconds, though not before there are `least`.
         """
-        counts = {}
-        for name, call in calls.items():
+        for call in calls.values():
             self.seconds(call)
-            counts[name] = int(min(50, max(1, shortest / max(self.seconds(call), 1e-9))))
+        fastest = min(self.seconds(call) for call in calls.values())
+        count = int(min(50, max(1, shortest / max(fastest, 1e-9))))
         times: dict[Any, list[float]] = {name: [] for name in calls}
         began, order, draw = time.perf_counter(), list(calls), random.Random(0)
         for done in range(rounds):
@@ -58,5 +59,5 @@ class Stopwatch:
                 break
             draw.shuffle(order)
             for name in order:
-                times[name].append(self.seconds(calls[name], counts[name]))
+                times[name].append(self.seconds(calls[name], count))
         return {name: np.array(seconds) for name, seconds in times.items()}

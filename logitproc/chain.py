@@ -305,8 +305,8 @@ def asks(heard: Mapping[int, Tensor], rows: tuple[Tensor, Tensor], width: int) -
 def histories(ids: Tensor, b: Tensor, t: Tensor, context: int | None) -> Tensor:
     """The last `context` tokens up to position t of text b (all for None), -1 where there are none."""
     width = int(t.max()) + 1 if context is None else context
-    column = t[:, None] - torch.arange(width - 1, -1, -1, device=ids.device)
-    return ids[b[:, None], column.clamp(min=0)].masked_fill(column < 0, -1)
+    padded = torch.nn.functional.pad(ids, (width, 0), value=-1)
+    return padded.unfold(1, width, 1)[b, t + 1]
 
 
 def parse_processor(text: str) -> dict[str, Any]:

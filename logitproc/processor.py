@@ -68,7 +68,7 @@ class Processor(LogitsProcessor):
     # How many numbers a text gathers; 0 for a method that needs none. May be a property.
     evidence_size: int = 0
 
-    _reads_generated: ClassVar[bool] = False
+    _reads_generated: bool = False  # whether `step` declares it; an instance that needs none may say so
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

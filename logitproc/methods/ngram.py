@@ -253,6 +253,7 @@ class NGramStyleLogitsProcessor(Processor):
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
         self.context = None if self.guard else self._reach
+        self._reads_generated = self.guard > 0 or self._schedule == "ramp"
 
     @classmethod
     def example(cls, width: int) -> Self:
@@ -276,7 +277,7 @@ class NGramStyleLogitsProcessor(Processor):
             "guard": cls(prior, rule="paper", schedule="ramp(4)", guard=0.8),
         }
 
-    def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor | None = None) -> Tensor:
         if scores.shape[1] < self.prior.vocab_size:
             self.check_width(scores.shape[1])
         out = scores
@@ -284,14 +285,14 @@ class NGramStyleLogitsProcessor(Processor):
             self._ngrams = self._ngrams.to(scores.device)
             recent = tokens if tokens.shape[1] >= self._reach else trailing(tokens, self._reach)
             out = add_ngrams(scores, recent, self._ngrams, self._factor(scores, generated), **self._options)
-        if self.guard:
+        if generated is not None and self.guard:
             out = loop_guard(out, tokens, generated, self.guard, self.guard_base, self.guard_length, self.guard_cap,
                              in_place=out is not scores)  # fmt: skip
         return out
 
-    def _factor(self, scores: Tensor, generated: Tensor) -> Tensor | None:
+    def _factor(self, scores: Tensor, generated: Tensor | None) -> Tensor | None:
         """What the schedule makes of the strength of each row, [rows, 1]; None for all of it."""
-        if self._schedule == "ramp":
+        if generated is not None and self._schedule == "ramp":
             return (generated / self._amount).clamp(max=1.0)[:, None]
         if self._schedule == "entropy":
             entropy = torch.special.entr(scores.softmax(-1)).sum(-1, keepdim=True)

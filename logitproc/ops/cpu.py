@@ -150,8 +150,8 @@ class _Table(ctypes.Structure):
     """`Table` of history.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("base", "symbols", "keys", "start", "ids", "values", "trust", "seen")),
-        *((name, ctypes.c_int64) for name in ("vocabulary", "contexts", "order", "bos", "seen_count")),
+        *((name, ctypes.c_void_p) for name in ("base", "symbols", "keys", "start", "ids", "values", "trust")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "contexts", "order", "bos")),
     ]
 
 
@@ -163,8 +163,7 @@ class _Tables:
     def __init__(self, ngrams: NGramBias):
         step = torch.nn.functional.pad(ngrams.allowed.int(), (1, 1)).diff()
         self.spans = torch.stack([(step == 1).nonzero()[:, 0], (step == -1).nonzero()[:, 0]], 1)
-        self.seen = [_seen(table.base) for table in ngrams.tables]
-        self.tables = (_Table * len(ngrams.tables))(*map(_table, ngrams.tables, self.seen))
+        self.tables = (_Table * len(ngrams.tables))(*map(_table, ngrams.tables))
         self.reach = max(table.order for table in ngrams.tables) - 1
 
     @classmethod
@@ -172,17 +171,10 @@ class _Tables:
         return cls.made.get(ngrams) or cls.made.setdefault(ngrams, cls(ngrams))
 
 
-def _seen(base: Tensor) -> Tensor | None:
-    """Where the base is not 0; None where there are so many that a pass over all is faster."""
-    seen = base.nonzero()[:, 0]
-    return seen if 8 * len(seen) <= len(base) else None
-
-
-def _table(table: NGramTable, seen: Tensor | None) -> _Table:
-    tensors = (table.base, table.symbols, table.keys, table.start, table.ids, table.values, table.trust, seen)
+def _table(table: NGramTable) -> _Table:
+    tensors = (table.base, table.symbols, table.keys, table.start, table.ids, table.values, table.trust)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    seen_count = 0 if seen is None else len(seen)
-    return _Table(*pointers, len(table.base), len(table.keys) - 1, table.order, table.bos, seen_count)
+    return _Table(*pointers, len(table.base), len(table.keys) - 1, table.order, table.bos)
 
 
 def add_ngrams(

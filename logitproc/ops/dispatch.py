@@ -84,17 +84,15 @@ def _kernel(name: str, like: Tensor) -> Any:
         return None  # a subclass of Tensor, such as FakeTensor, may have no memory to read
     if like.requires_grad and torch.is_grad_enabled():
         return None
-    home = "cpu" if like.device.type == "cpu" else "triton" if like.device.type == "cuda" else None
+    home = "cpu" if like.is_cpu else "triton" if like.is_cuda else None
     wanted = home if chosen == "auto" else chosen
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # there, on a CPU
-    if wanted is None or (wanted != home and not interpreted) or not _can_run(wanted):
-        return None
-    return _find(wanted, name)
+    return None if wanted is None or (wanted != home and not interpreted) else _find(wanted, name)
 
 
 @functools.cache
-def _find(home: str, name: str) -> Any:
-    return getattr(importlib.import_module(f".{home}", __package__), name, None)
+def _find(home: Literal["cpu", "triton"], name: str) -> Any:
+    return getattr(importlib.import_module(f".{home}", __package__), name, None) if _can_run(home) else None
 
 
 @functools.cache

@@ -18,9 +18,8 @@ struct Table {
   const int64_t* start;
   const int64_t* ids;
   const float* values;
-  const float* trust;   // null: 1 everywhere
-  const int64_t* seen;  // where base is not 0; null where that is not rare
-  int64_t vocabulary, contexts, order, bos, seen_count;
+  const float* trust;  // null: 1 everywhere
+  int64_t vocabulary, contexts, order, bos;
 };
 
 // One table after one text: weight * (base + the values of the entries of the contexts found).
@@ -141,16 +140,6 @@ struct Row {
     for (int t = 0; t < tables; ++t) match[t].add_entries(out);
   }
 
-  // The same with few values in the base: a copy is faster.
-  void add_sparse() const {
-    std::copy(x, x + width, out);
-    for (int t = 0; t < tables; ++t) {
-      const Table& table = *match[t].table;
-      for (int64_t i = 0; i < table.seen_count; ++i) out[table.seen[i]] += match[t].weight * table.base[table.seen[i]];
-      match[t].add_entries(out);
-    }
-  }
-
   // The mean of the bias under softmax(x) over the spans.
   float mean() const {
     float top = std::numeric_limits<float>::lowest();  // a row may hold nothing but -inf
@@ -240,8 +229,6 @@ template <int tables>
 void process(const Row<tables>& row, Rule rule, float limit, bool drop) {
   if (rule == kInside)
     row.add_inside(limit, drop);
-  else if (rule == kPlain && row.match[0].table->seen && row.match[tables - 1].table->seen)
-    row.add_sparse();
   else
     row.add(rule == kCentred ? row.mean() : 0.0f);
 }

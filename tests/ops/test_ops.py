@@ -131,7 +131,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def test_without_a_compiler_there_is_one_line_and_plain_torch(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (native.load, cpu.library, dispatch.unavailable, dispatch._can_run):
+    for cached in (native.load, cpu.library, dispatch.unavailable, dispatch._can_run, dispatch._find):
         cached.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="logitproc"):
@@ -140,5 +140,5 @@ def test_without_a_compiler_there_is_one_line_and_plain_torch(monkeypatch, caplo
         assert torch.equal(found[0], torch.nn.functional.cross_entropy(scores, target, reduction="none"))
         assert 1 <= len(caplog.records) <= 2 and "cpu.cpp" in caplog.text
     finally:
-        for cached in (native.load, cpu.library, dispatch.unavailable, dispatch._can_run):
+        for cached in (native.load, cpu.library, dispatch.unavailable, dispatch._can_run, dispatch._find):
             cached.cache_clear()
