@@ -4,6 +4,7 @@
     python eval/speed.py --json speed.json --plot speed.png
     python eval/speed.py --check                            exit 1 if a ratio of the stored table got worse
     python eval/speed.py --json eval/results/speed.json     store another table
+    python eval/speed.py --parts steps --compile            beside `torch.compile` of the plain definitions, too
     python eval/speed.py --fit corpus.txt --megabytes 100   counting a corpus, and nothing else
     python eval/speed.py --busy --rounds 20                 on a machine that others use: one thread, its own CPU time
 
@@ -29,7 +30,9 @@ import json
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from logging import ERROR
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +47,7 @@ from speed_models import LLAMA
 from stopwatch import Call, Stopwatch
 from transformers.utils import logging
 
-from logitproc import cli
+from logitproc import cli, ops
 from logitproc.artifact import write_text
 
 STORED = Path(__file__).parent / "results" / "speed.json"
@@ -93,6 +96,16 @@ def compared(
     return Row(part, what, against, vocabulary, batch, tokens, *(float(f"{figure:.4g}") for figure in figures))
 
 
+def compiled(call: Call) -> Call:
+    """The same with `torch.compile` of the plain definitions instead of kernels."""
+
+    def run(i: int) -> Any:
+        with ops.backend("compile"):
+            return call(i)
+
+    return run
+
+
 # --- measuring ---
 
 
@@ -122,9 +135,13 @@ class Run:
             calls: dict[Any, Call] = {name: x.step(processors) for name, processors in made.items()}
             calls |= {against: baseline(x) for against, baseline in BASELINES.items()}
             calls |= {n: speed_cases.log_softmax(x, n) for n in set(reads.values())}
+            if self.args.compile:
+                calls |= {("compiled", name): compiled(calls[name]) for name in made}
             times = self.watch.in_turns(calls, self.args.rounds, self.args.seconds)
             for name in made:
                 beside = {"log_softmax": times[reads[name]]} | {against: times[against] for against in BASELINES}
+                if self.args.compile:
+                    beside["torch.compile"] = times["compiled", name]
                 beside |= {f"{size} forward": forwards[size, vocabulary, batch] for size in LLAMA
                            if (size, vocabulary, batch) in forwards}  # fmt: skip
                 for against, theirs in beside.items():
@@ -354,6 +371,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabularies", nargs="+", type=common.positive, default=list(VOCABULARIES), metavar="V")
     parser.add_argument("--batches", nargs="+", type=common.positive, default=list(BATCHES), metavar="ROWS")
     parser.add_argument("--models", nargs="*", choices=LLAMA, default=list(LLAMA), help="for the forward pass")
+    parser.add_argument("--compile", action="store_true", help="hold steps against torch.compile, too; takes minutes")
     parser.add_argument("--rounds", type=common.positive, default=60, help="at most, of each comparison (60)")
     parser.add_argument("--seconds", type=float, default=6.0, help="about, for each comparison (6)")
     parser.add_argument("--busy", action="store_true", help="one thread, and its CPU time instead of the clock's")
@@ -402,6 +420,9 @@ def _validate(args: argparse.Namespace) -> None:
         raise ValueError(f"--vocabularies must be at least {least}, that of the bundled prior; got {smallest}.")
     if args.busy:
         torch.set_num_threads(1)
+    if args.compile:
+        torch._logging.set_logs(dynamo=ERROR, inductor=ERROR)  # it says at length what it cannot compile as a whole
+        warnings.simplefilter("ignore")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 

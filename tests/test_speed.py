@@ -1,5 +1,6 @@
 """The speed table: what it times runs, what it compares is compared fairly, and a slower method does not pass."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -159,8 +160,25 @@ def test_bounds_are_judged_by_their_worst_row_and_printed(planted, capsys, tmp_p
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
+def test_compile_adds_a_column_of_the_same_steps_in_plain_definitions_compiled(planted, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(speed, "compiled", lambda call: asked.append(call) or call)
+    monkeypatch.setattr(speed_cases, "BOUNDS", ())
+    planted.times = lambda name: np.full(20, 2e-6 if isinstance(name, tuple) else 1e-6)
+    assert speed.main([*SMALL, "--compile"]) == 0
+    header, *lines = capsys.readouterr().out.split("step ")[1].splitlines()
+    assert "torch.compile" in header and len(asked) == len(speed.STEPS)
+    assert all("0.50" in line for line in lines[: len(asked)])
+
+
+def test_a_compiled_call_runs_its_operations_on_that_backend(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed.ops, "backend", lambda name: seen.append(name) or contextlib.nullcontext())
+    assert speed.compiled(lambda i: i + 1)(2) == 3 and seen == ["compile"]
+
+
 def test_every_bound_is_of_something_that_is_timed():
-    timed = {(name, against) for name in speed_cases.STEPS for against in AGAINST}
+    timed = {(name, against) for name in speed_cases.STEPS for against in (*AGAINST, "torch.compile")}
     timed |= {(pair.what, pair.against) for pair in speed_cases.PAIRS}
     timed |= {(what, "dense head") for what in speed.HEADS.values()}
     assert {(bound.what, bound.against) for bound in speed_cases.BOUNDS} <= timed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import one_of
 
-Backend = Literal["auto", "reference", "cpu", "triton"]
+Backend = Literal["auto", "reference", "compile", "cpu", "triton"]
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 _chosen: ContextVar[Backend] = ContextVar("backend", default="auto")
 
@@ -27,9 +27,10 @@ def backend(name: Backend) -> Iterator[None]:
     """Run operations on one backend within the `with` block, in this thread.
 
     "auto", the default outside, takes "cpu" (C++) for tensors on a CPU and "triton" for those on a GPU, and
-    "reference" (plain torch) where these have no kernel or cannot run; the latter is logged once. A backend that was
-    asked for and cannot run raises RuntimeError here; an operation for which it has no kernel, or on tensors of another
-    device, runs in plain torch.
+    "reference" (plain torch) where these have no kernel or cannot run; the latter is logged once. "compile" is
+    `torch.compile` of the plain definitions, on any device; it takes half a minute at the first call of each. A backend
+    that was asked for and cannot run raises RuntimeError here; an operation for which it has no kernel, or on tensors
+    of another device, runs in plain torch.
     """
     one_of("backend", name, get_args(Backend))
     if name in ("cpu", "triton") and (reason := unavailable(name)):
@@ -71,6 +72,9 @@ def op(reference: Any = None, *, half: bool = False) -> Any:
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if _chosen.get() == "compile":
+            plain = reference if torch.compiler.is_compiling() else _compiled(reference)
+            return plain(*args, **kwargs)
         kernel = _kernel(name, args[0]) if args[0].dtype in dtypes else None
         result = NotImplemented if kernel is None else kernel(*args, **kwargs)
         return reference(*args, **kwargs) if result is NotImplemented else result
@@ -88,6 +92,11 @@ def _kernel(name: str, like: Tensor) -> Any:
     wanted = home if chosen == "auto" else chosen
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # there, on a CPU
     return None if wanted is None or (wanted != home and not interpreted) else _find(wanted, name)
+
+
+@functools.cache
+def _compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(reference)
 
 
 @functools.cache

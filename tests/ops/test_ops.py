@@ -114,6 +114,26 @@ def test_tensors_of_another_device_run_in_plain_torch(monkeypatch):
     assert torch.equal(found, torch.nn.functional.cross_entropy(scores, target, reduction="none"))
 
 
+def test_compile_runs_the_plain_definition_through_torch_compile(monkeypatch, spied):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda f: made.append(f.__name__) or f)
+    dispatch._compiled.cache_clear()
+    arguments = nll_case(2, 10)
+    with ops.backend("compile"):
+        found = [ops.nll(*arguments) for _ in range(2)]
+    dispatch._compiled.cache_clear()
+    assert made == ["nll"] and not spied
+    assert torch.equal(found[1], torch.nn.functional.cross_entropy(*arguments, reduction="none"))
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+def test_what_torch_compile_makes_gives_the_same_numbers():
+    scores, target = nll_case(3, 50)
+    with ops.backend("compile"):
+        found = ops.nll(scores, target)
+    torch.testing.assert_close(found, ops.nll(scores, target))
+
+
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if torch.cuda.is_available():
