@@ -339,10 +339,12 @@ class Bound(NamedTuple):
     device: str | None = None
 
 
+NO_KERNEL = ("suppression paper", "suppression ratio")  # one subtraction
+
 BOUNDS = (
     *(Bound(name, "log_softmax", 3.0, device="cpu") for name in STEPS),
     # A kernel that is not so much faster than what torch makes of the plain definition is not worth its lines.
-    *(Bound(name, "torch.compile", 1 / 1.3) for name in STEPS if name not in ("suppression paper", "suppression ratio")),
+    *(Bound(name, "torch.compile", 1 / 1.3) for name in STEPS if name not in NO_KERNEL),
     Bound("ngram paper", "RepetitionPenalty", 3.0, 32_000, 1),
     Bound("ngram lift", "RepetitionPenalty", 3.0, 32_000, 1),
     Bound("ngram paper", "copy", 1.5, 151_936, 8),
