@@ -32,7 +32,8 @@ class Processor(LogitsProcessor):
     A `step` that declares the keyword `generated` also receives an int64 [rows] tensor: how many of the
     trailing tokens of each row were generated rather than prompted. Plain `model.generate` does not
     tell a processor where the prompt ends; unless the chain is bound to its prompt (`Chain.bind`, which
-    `logitproc.generate` does), all tokens count as generated.
+    `logitproc.generate` does), all tokens count as generated. An instance that does without sets
+    `reads_generated` to False.
 
     Parameters are the fields of a dataclass declared with `eq=False`: transformers drops a processor
     that equals an earlier one. Fields that hold an `Artifact` are listed in `artifacts`.
@@ -68,12 +69,12 @@ class Processor(LogitsProcessor):
     # How many numbers a text gathers; 0 for a method that needs none. May be a property.
     evidence_size: int = 0
 
-    _reads_generated: bool = False  # whether `step` declares it; an instance that needs none may say so
+    reads_generated: bool = False  # whether `step` receives `generated`; True where it declares it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__name__  # until `register` names it: a subclass never passes for its parent
-        cls._reads_generated = "generated" in inspect.signature(cls.step).parameters
+        cls.reads_generated = "generated" in inspect.signature(cls.step).parameters
 
     def step(self, tokens: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define step().")
@@ -135,7 +136,7 @@ class Processor(LogitsProcessor):
             if evidence is None:
                 evidence = from_prompt(self, history, scores.shape[1], generated)
             known["evidence"] = evidence
-        if self._reads_generated:
+        if self.reads_generated:
             if generated is None:
                 generated = history.new_full((history.shape[0],), history.shape[1])
             known["generated"] = generated

@@ -79,6 +79,19 @@ def test_all_five_of_five_equal_processors_run_in_generate(model):
         torch.testing.assert_close(out.scores[0][:, 3] - out.logits[0][:, 3], torch.full((2,), 5.0))
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_generated_comes_where_step_declares_it_unless_the_instance_does_without(told):
+    class Counts(lp.Processor):
+        def step(self, tokens, scores, *, generated=None):
+            return scores if generated is None else scores + generated[:, None]
+
+    processor = Counts()
+    assert processor.reads_generated
+    processor.reads_generated = told
+    out = lp.Chain([processor])(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3))
+    assert out.tolist() == [[4.0 if told else 0.0] * 3]
+
+
 def test_a_chain_refuses_what_is_no_processor_of_ours():
     with pytest.raises(TypeError, match=r"holds logitproc processors, got function.*\[chain, other\]"):
         lp.Chain([third])

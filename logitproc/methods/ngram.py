@@ -253,7 +253,7 @@ class NGramStyleLogitsProcessor(Processor):
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
         self.context = None if self.guard else self._reach
-        self._reads_generated = self.guard > 0 or self._schedule == "ramp"
+        self.reads_generated = self.guard > 0 or self._schedule == "ramp"
 
     @classmethod
     def example(cls, width: int) -> Self:

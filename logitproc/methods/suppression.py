@@ -323,6 +323,7 @@ class SuppressionLogitsProcessor(Processor):
         for token in (*self.breakers, *self.exempt):
             in_range("exempt", token, 0, self.ledger.vocab_size - 1)
         self.context = self.longest if self.rule == "dry" else 0
+        self.reads_generated = self.rule == "dry"
 
     def _check_fit(self) -> None:
         if (self.rule == "ratio") != (self.reference is not None):
@@ -362,13 +363,13 @@ class SuppressionLogitsProcessor(Processor):
             "dry-label": cls(ledger, rule="dry", length=1, longest=5, label="a", scope="label", anchor=False),
         }
 
-    def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, scores: Tensor, *, generated: Tensor | None = None) -> Tensor:
         width = scores.shape[1]
         if width < self.ledger.vocab_size:
             self.check_width(width)
         if not self._active:
             return scores
-        if self.rule != "dry":
+        if self.rule != "dry" or generated is None:
             return scores - self._penalty_on(scores.device, width)
         if self._nats.device != scores.device:
             self._nats = self._nats.to(scores.device)
