@@ -212,7 +212,8 @@ def lower_phrases(scores: Tensor, tokens: Tensor, generated: Tensor, index: Any,
     if index.start > scores.shape[1] or tokens.shape[1] < index.longest:
         return NotImplemented
     scores, out = scores.contiguous(), torch.empty_like(scores, memory_format=torch.contiguous_format)
-    call("lower_phrases", scores, tokens.contiguous(), generated.contiguous(), index.random, index.powers,
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    call("lower_phrases", scores, tokens, tokens.stride(0), generated.contiguous(), index.random, index.powers,
          index.breaks, index.keys, index.span, index.ids, nats.contiguous(), index.start, len(index.keys) - 1,
          index.length, index.longest, index.anchor, out, tokens.shape[1], *scores.shape)  # fmt: skip
     return out

@@ -276,18 +276,18 @@ void loop_guard(const int64_t* tokens, const int64_t* generated, float strength,
   });
 }
 
-// Of methods/suppression.py. tokens [rows, columns >= longest], of which the last `generated` [rows] count; random
-// [start + 2], powers [longest], keys [contexts + 1], span [contexts + 1, 2], nats [longest - length + 1].
-void lower_phrases(const float* scores, const int64_t* tokens, const int64_t* generated, const uint64_t* random,
-                   const uint64_t* powers, const bool* breaks, const int64_t* keys, const int64_t* span,
-                   const int64_t* ids, const float* nats, int64_t start, int64_t contexts, int64_t length,
-                   int64_t longest, int64_t anchor, float* out, int64_t columns, int64_t rows, int64_t width,
-                   int64_t threads) {
+// Of methods/suppression.py. tokens [rows, columns >= longest], a row every `stride`, of which the last `generated` [rows]
+// count; random [start + 2], powers [longest], keys [contexts + 1], span [contexts + 1, 2], nats [longest - length + 1].
+void lower_phrases(const float* scores, const int64_t* tokens, int64_t stride, const int64_t* generated,
+                   const uint64_t* random, const uint64_t* powers, const bool* breaks, const int64_t* keys,
+                   const int64_t* span, const int64_t* ids, const float* nats, int64_t start, int64_t contexts,
+                   int64_t length, int64_t longest, int64_t anchor, float* out, int64_t columns, int64_t rows,
+                   int64_t width, int64_t threads) {
   for_rows(rows, width, threads, [=](int64_t row) {
     const float* x = scores + row * width;
     float* y = out + row * width;
     std::copy(x, x + width, y);
-    const int64_t* end = tokens + (row + 1) * columns;
+    const int64_t* end = tokens + row * stride + columns;
     uint64_t hash = 0;
     for (int64_t n = 1; n <= longest; ++n) {  // the last n symbols of the text
       const bool own = n <= generated[row];
