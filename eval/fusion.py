@@ -2,6 +2,7 @@
 
     python eval/fusion.py report --data DATA --out runs/fusion
     python eval/fusion.py report --data DATA --out runs/fusion --host STRONG --small WEAK
+    python eval/fusion.py seeds --data DATA --out runs/fusion       what one expert more or less changes
 
 `experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is
 as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
@@ -13,7 +14,8 @@ Fixed before the first run:
   - Every arm is measured on dev and test documents that trained nothing. Whatever is chosen, the weight of static
     fusion and the defaults of `fusion`, is chosen on dev; what is reported is test.
   - Figures are sums over documents; the seeds of an expert (and of a ceiling, where it has several) are averaged
-    within a document. Intervals are 95 % paired bootstrap over documents, 2,000 draws.
+    within a document. Intervals are 95 % paired bootstrap over documents, 2,000 draws; those of `seeds` over the
+    seeds of the expert, too.
   - A beats B on a task if the upper end of the interval of loss(A) - loss(B) is below 0. A falls below the host if
     the lower end of that of loss(A) - loss(host) is above 0.
   - Closure is (host - A) / (host - ceiling) in loss, the ceiling being the host fine-tuned on that task, also where
@@ -352,6 +354,22 @@ class Judge:
         return float(low), float(high)
 
 
+def over_seeds(cells: list[dict[str, Any]], arm: str, other: str) -> dict[str, Any]:
+    """Closure of `arm` with the expert of each seed, and loss(arm) - loss(other): mean and 95 % interval.
+
+    The interval is a bootstrap that draws seeds as well as documents.
+    """
+    judges = [Judge([cell]) for cell in cells]
+    rng = np.random.default_rng(0)
+    found = []
+    for rows in judges[0].draws:
+        drawn = [judges[i] for i in rng.integers(0, len(judges), len(judges))]
+        found.append(np.mean([judge.loss(arm, rows) - judge.loss(other, rows) for judge in drawn]))
+    mean = float(np.mean([judge.loss(arm) - judge.loss(other) for judge in judges]))
+    return {"closure": [float(judge.closure(arm)[0]) for judge in judges], "other": other,
+            "difference": [mean, *Judge._range(np.array(found))]}  # fmt: skip
+
+
 def choose(dev: dict[str, Judge], doubtful: dict[str, Judge], arms: tuple[str, ...]) -> str:
     """The arm of the largest mean closure on dev among those that fall below the host nowhere.
 
@@ -423,6 +441,21 @@ def judge_all(study: Study, seeds: dict[str, tuple[int, ...]]) -> dict[str, Any]
         "largest_excess_over_bound": max((excess for _, excess in bounded), default=math.nan),
         "texts_bounded": sum(len(cell["tokens"]) for cell, _ in bounded),
     }  # fmt: skip
+
+
+def judge_seeds(study: Study, seeds: tuple[int, ...]) -> str:
+    """One expert, test documents: how the figures differ between experts of different seeds, as a table."""
+    arms = ("expert", "static 1.0", "grid", "newton J", "upscale 0.3", "mixture")
+    out = ["| closure: mean (each seed) | " + " | ".join(study.tasks) + " |", "|---" * (len(study.tasks) + 1) + "|"]
+    cells = {task: [study.cell("single", "test", task, seed) for seed in seeds] for task in study.tasks}
+    for arm in arms:
+        found = [over_seeds(cells[task], arm, "expert")["closure"] for task in study.tasks]
+        shown = (f"{np.mean(x):.3f} ({', '.join(f'{one:.3f}' for one in x)})" for x in found)
+        out.append(f"| {arm} | " + " | ".join(shown) + " |")
+    for other in ("expert", "grid"):
+        found = [over_seeds(cells[task], "mixture", other)["difference"] for task in study.tasks]
+        out.append(f"| mixture - {other}, nats a token | " + " | ".join(map(_interval, found)) + " |")
+    return "\n".join(out) + "\n"
 
 
 TITLES = {"single": "One expert", "wrong": "One expert, of another task", "several": "All experts, the task unknown",
@@ -522,7 +555,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("experts", "ceilings", "report"))
+    parser.add_argument("stage", choices=("experts", "ceilings", "report", "seeds"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--host", default="base")
@@ -543,6 +576,10 @@ def main() -> None:
     elif args.stage == "ceilings":
         for task in (*study.tasks, *(["all"] if args.multi_task else [])):
             study.model("host", task, 0)
+    elif args.stage == "seeds":
+        text = judge_seeds(study, seeds)
+        print(text)
+        write_text(study.out / "seeds.md", text)
     else:
         elsewhere = {setting: SEEDS[: args.seeds_elsewhere] for setting in SETTINGS if setting != "single"}
         result = judge_all(study, {"single": seeds, **elsewhere})

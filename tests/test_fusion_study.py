@@ -62,3 +62,19 @@ def test_a_label_is_judged_at_the_first_token_in_which_the_words_differ():
     ids, at, options = fusion.encode(tiny_tokenizer(), task, fusion.Document("w7 w8 ", 1))
     assert (ids, at, options) == ([1, 7, 8, 9, 5, 6, 2], 4, [4, 5])
     assert fusion.encode(tiny_tokenizer(), task, fusion.Document("w7", None)) == ([1, 7, 2], None, [])
+
+
+def test_over_seeds_an_expert_that_depends_on_its_seed_has_a_wider_interval():
+    def cell(expert: float) -> dict:
+        j = judge(host=5.0, expert=expert, mixture=expert - 0.1 * expert, ceiling=3.0)
+        arms = {arm: {"nll": nll.tolist(), "kl": [1.0] * 60, "right": []} for arm, nll in j.nll.items()}
+        return {"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}
+
+    alike = fusion.over_seeds([cell(4.0), cell(4.0)], "mixture", "expert")
+    apart = fusion.over_seeds([cell(3.5), cell(4.5)], "mixture", "expert")
+    assert apart["closure"] == pytest.approx([0.925, 0.475], abs=0.01)
+    for found in (alike, apart):
+        mean, low, high = found["difference"]
+        assert mean == pytest.approx(-0.4, abs=0.01) and low < mean < high
+    width = lambda found: found["difference"][2] - found["difference"][1]
+    assert width(apart) > 3 * width(alike)
