@@ -27,12 +27,17 @@ class Seen(NamedTuple):
         return Seen(scores, [part[rows] for part in self.companion_scores])
 
 
+def reads_prompt(processor: "Processor") -> bool:
+    """Whether its companions read the host's prompt; what one with a prompt of its own says is not about that."""
+    return all(companion.prompt is None for companion in processor.auxiliaries())
+
+
 def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, told: Tensor | bool) -> Tensor:
     """What texts have gathered before and after each of K tokens: [B, K + 1, E].
 
     Shapes: total [B, E]; tokens [B, K]; `seen` [B K, width], text by text; told [B, K], or one for all: whether the
     scores seen are those of a generated token, as opposed to one of the prompt. Ids outside the vocabulary add
-    nothing.
+    nothing, nor does a prompt that a companion does not read.
     """
     totals, count = [total], tokens.shape[1]
     if count:
@@ -41,7 +46,7 @@ def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, to
         if isinstance(told, bool):  # known without asking the device
             kinds = [(seen.scores if told else None, valid)]
         else:
-            both = ((seen.scores, told), (None, ~told))
+            both = [(seen.scores, told)] + ([(None, ~told)] if reads_prompt(processor) else [])
             kinds = [(scores, kind & valid) for scores, kind in both if bool(kind.any())]
         found = []
         for scores, counts in kinds:
@@ -56,17 +61,25 @@ def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, to
 
 
 def from_prompt(processor: "Processor", history: Tensor, width: int, generated: Tensor | None) -> Tensor:
-    """What each text has gathered, [rows, E], when all its tokens are prompt."""
+    """What each text has gathered, [rows, E], when all its tokens are prompt.
+
+    Companions are asked about the last token as well: the step that follows asks them that, and they need not read
+    the prompt again.
+    """
     rows, length = history.shape
     total = torch.zeros(rows, processor.evidence_size, device=history.device)
+    if not reads_prompt(processor):
+        return total
     block = max(1, _ELEMENTS // (rows * width))
-    for start in range(0, length - 1, block):
-        stop = min(start + block, length - 1)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
         logits = processor.consult(history[:, :stop], width, generated, stop - start)
         if logits is None:
             break
-        seen = Seen(None, [part.flatten(0, 1) for part in logits])
-        tokens = history[:, start + 1 : stop + 1].masked_fill(history[:, start:stop] < 0, -1)
+        tokens = history[:, start + 1 : stop + 1]
+        count = tokens.shape[1]  # one fewer at the end, which nothing follows yet
+        tokens = tokens.masked_fill(history[:, start : start + count] < 0, -1)
+        seen = Seen(None, [part[:, :count].flatten(0, 1) for part in logits])
         total = gather(processor, total, tokens, seen, told=False)[:, -1]
     return total
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import logitproc as lp
 from logitproc import evidence, scoring
-from logitproc.companion import tiny_companion
+from logitproc.companion import Companion, tiny_companion
 from logitproc.scoring import process_positions, score_tokens
 
 
@@ -61,6 +61,28 @@ def test_padding_adds_nothing(model):
     generate(model, chain, ids, attention_mask=mask, max_new_tokens=4)
     for tokens, found in chain.processors[0].seen:
         torch.testing.assert_close(found[0], by_hand(model, chain, tokens[0, 3:], 3), rtol=1e-4, atol=1e-4)
+
+
+def test_a_companion_reads_the_prompt_once(model):
+    chain, ids = blend(), texts(2, 6)
+    generate(model, chain, ids, max_new_tokens=4)
+    assert chain.companions[0].forwards == 4
+
+
+def test_a_prompt_that_a_companion_does_not_read_adds_nothing(model):
+    ids, own = texts(1, 5), torch.tensor([3, 4])
+    chain = lp.Chain([WatchedLogitsProcessor(Companion(tiny_companion(WIDTH).model, prompt=own.tolist()))])
+    out = generate(model, chain, ids, max_new_tokens=4)[0]
+    new, totals = out[5:], torch.cat([found for _, found in chain.processors[0].seen])
+    host = model(out[None]).logits[0].log_softmax(-1)[4:-1]
+    said = chain.companions[0].model(torch.cat([own, new])[None]).logits[0].log_softmax(-1)[1:-1]
+    each = torch.stack([part.gather(1, new[:, None])[:, 0] for part in (host, said)], 1)
+    expected = torch.cat([torch.zeros(1, 2), each.cumsum(0)[:-1]])
+    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=1e-4)
+    logits = model(out[None, :-1]).logits.detach()
+    process_positions(chain, out[None, :-1], logits, prompt_lengths=torch.tensor([5]))
+    in_scoring = chain.processors[0].seen[-1][1]
+    torch.testing.assert_close(in_scoring[-4:], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_generate_gathers_too_and_a_new_prompt_starts_anew(model):
