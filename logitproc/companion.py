@@ -98,6 +98,7 @@ class Companion:
         self._lock, self._warned = threading.RLock(), False
         self._lags = False  # see `lagging`
         self._unread: list[Callable[[], bool]] = []
+        self._side: Any = None  # the stream of `start`, for which every call waits
         self.forwards = 0
 
     # --- scores ---
@@ -134,11 +135,37 @@ class Companion:
         if self.prompt is not None:
             history = self._prompted(history, generated, positions or 1)
         with self._lock, torch.no_grad():
+            if self._side is not None:
+                _streams(self.device).current_stream(self.device).wait_stream(self._side)
             logits = self._windowed(history.to(self.device), positions or 1)
         if logits is None:
             return None
         logits = logits.to(input_ids.device)
         return logits[:, 0] if positions is None else logits
+
+    def start(self, newest: Tensor) -> None:
+        """Go on with the texts seen last by a token each, newest [rows, 1], beside whatever the device does next.
+
+        The call that asks about these texts waits for that on the device, not on the host, and finds the scores.
+        While `lagging` only, which notices when it asks about others. Nothing happens before the first call, and
+        where the texts are as long as the model reads.
+        """
+        with self._lock, torch.no_grad():
+            state, device = self._state, self.device
+            if not self._lags or state is None or state.cache is None or len(newest) != len(state.history):
+                return
+            if self.max_length is not None and state.history.shape[1] >= self.max_length:
+                return
+            streams, newest = _streams(device), newest.to(device)
+            if self._side is None:
+                self._side = streams.Stream(device) if device.type == "cuda" else streams.Stream()
+            self._side.wait_stream(streams.current_stream(device))
+            if device.type == "cuda":  # or what is freed meanwhile could be given away before it is read
+                layers: list[Any] = state.cache.layers
+                for part in (newest, state.history, *(p for layer in layers for p in (layer.keys, layer.values))):
+                    part.record_stream(self._side)
+            with streams.stream(self._side):
+                self._scores(torch.cat([state.history, newest], 1), 1)
 
     def reset(self) -> None:
         """Forget the text seen last. It changes no result."""
@@ -147,7 +174,7 @@ class Companion:
     def fork(self) -> "Companion":
         """Another companion with the same weights and an empty state."""
         twin = object.__new__(type(self))
-        own: dict[str, Any] = {"_state": None, "_lags": False, "_unread": [], "forwards": 0}
+        own: dict[str, Any] = {"_state": None, "_lags": False, "_unread": [], "_side": None, "forwards": 0}
         twin.__dict__ |= self.__dict__ | own | {"_lock": threading.RLock()}
         return twin
 
@@ -523,6 +550,11 @@ def read_later(bit: Tensor) -> Callable[[], bool]:
         return bool(copy)
 
     return read
+
+
+def _streams(device: torch.device) -> Any:
+    """The module with the streams of a device; those of a CPU do nothing."""
+    return torch.cuda if device.type == "cuda" else torch.cpu
 
 
 def _takes_4d(model: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,11 +82,38 @@ def generate(
         kwargs["custom_generate"] = Decoder(bound, speculation, kwargs.pop("streamer", None))
     with contextlib.ExitStack() as stack:
         continued = not (beams or assisted or speculation)  # each step continues the one before
-        if continued and isinstance(bound, BoundChain) and model.device.type == "cuda":
+        if continued and isinstance(bound, BoundChain) and _runs_behind(model):
             stack.enter_context(bound.lagging())
+            stack.enter_context(_overlapping(model, companions))
         return model.generate(  # type: ignore[operator]
             logits_processor=[bound, *(logits_processor or [])], **kwargs
         )
+
+
+def _runs_behind(model: PreTrainedModel) -> bool:
+    """Whether the device works off what the host asks for later, so that the host should not wait for it."""
+    return model.device.type == "cuda"
+
+
+@contextlib.contextmanager
+def _overlapping(model: PreTrainedModel, companions: list[Companion]) -> Iterator[None]:
+    """Each pass of the model over one token a row first starts the companions on that token."""
+
+    def start(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids")
+        if ids is None or ids.shape[1] != 1 or torch.compiler.is_compiling():
+            return
+        for companion in companions:
+            companion.start(ids)
+
+    if any(companion.model is model for companion in companions):  # its own passes would start them, too
+        yield
+        return
+    hook = model.register_forward_pre_hook(start, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_prompt(

@@ -5,7 +5,9 @@ import random
 import re
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -331,6 +333,86 @@ def test_lagging_with_and_without_padding_equals_the_rows(kind, pads):
             close(companion(*part), truth(made, *part))
     assert module._takes_4d(made) == (kind in KINDS)
     assert companion.forwards == 8
+
+
+# --- beside the host ---
+
+
+class Side:
+    """Streams that tell what was asked of them, in the place of `torch.cuda`."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: self.log.append(f"side waits for {other}"))
+
+    def current_stream(self, device):
+        return CurrentStream(self.log)
+
+    @contextmanager
+    def stream(self, aside):
+        self.log.append("side begins")
+        yield
+        self.log.append("side ends")
+
+
+class CurrentStream:
+    def __init__(self, log: list[str]):
+        self.log = log
+
+    def wait_stream(self, other) -> None:
+        self.log.append("host waits")
+
+    def __str__(self) -> str:
+        return "the host"
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (3, 1)])
+def test_a_companion_that_started_gives_the_same_and_is_waited_for(kind, pads, monkeypatch):
+    made, ids, side = make_model(kind), texts(2, 12), Side()
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(pads):
+        mask[row, :count] = 0
+    monkeypatch.setattr(module, "_streams", lambda device: side)
+    forward = made.forward
+    monkeypatch.setattr(made, "forward", lambda *args, **kwargs: side.log.append("pass") or forward(*args, **kwargs))
+    alone, started = Companion(made), Companion(made)
+    with alone.lagging(), started.lagging():
+        assert torch.equal(started(ids[:, :7], mask), alone(ids[:, :7], mask))
+        for length in range(8, 13):
+            side.log.clear()
+            started.start(ids[:, length - 1 : length])
+            expected = ["side waits for the host", "side begins", "pass", "side ends"]
+            assert side.log == expected
+            found = started(ids[:, :length], mask)
+            assert side.log == [*expected, "host waits"]
+            assert torch.equal(found, alone(ids[:, :length], mask))
+
+
+def test_what_started_on_another_text_is_noticed_a_step_later(kind):
+    companion, ids = Companion(make_model(kind)), texts(2, 7)
+    with pytest.raises(CompanionDesync), companion.lagging():
+        companion(ids[:, :5])
+        companion.start(ids[:, 6:])
+        companion(ids[:, :6])
+    close(companion(ids), truth(companion.model, ids))
+
+
+def test_it_starts_only_where_the_next_text_is_known_and_can_be_read():
+    companion, ids = Companion(make_model(context=8)), texts(2, 8)
+    companion(ids[:, :5])
+    companion.start(ids[:, 5:6])
+    assert companion.forwards == 1, "nobody has said that this text will go on"
+    with companion.lagging():
+        companion.start(ids[:, :1])
+        assert companion.forwards == 1, "there is no text yet"
+        companion(ids[:, :7])
+        companion.start(ids[:1, 7:])
+        assert companion.forwards == 2, "there are other rows"
+        companion.start(ids[:, 7:])
+        assert companion.forwards == 3
+        close(companion(ids), truth(companion.model, ids))
+        companion.start(ids[:, :1])
+        assert companion.forwards == 3, "it reads no more"
 
 
 # --- padding ---

@@ -412,13 +412,16 @@ def sampled(
 ) -> list[Tensor]:
     """What the chain makes of scores [steps, rows, width], one token after the other, as when `generate` samples.
 
-    The first two steps are not watched: they may copy tables to the device and read the prompt.
+    Companions start on a token before the chain is asked about it, as they do there. The first two steps are not
+    watched: they may copy tables to the device and read the prompt.
     """
     first, found = ids.shape[1] - len(scores) + 1, []
     bound = made.bind(ids[:, :first], mask[:, :first])
     with bound.lagging():
         for step, now in enumerate(scores):
             with watched() if step > 1 else nullcontext():
+                for companion in made.companions:
+                    companion.start(ids[:, first + step - 1 : first + step])
                 found.append(bound(ids[:, : first + step], now))
     return found
 

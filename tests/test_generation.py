@@ -1,7 +1,8 @@
 """`generate` is `model.generate` with a chain that knows its prompt, and refuses what it cannot do."""
 
+import functools
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 import logitproc as lp
+from logitproc import generation
 from logitproc.artifact import describe_tokenizer
 from logitproc.generation import seed_everything
 
@@ -134,6 +136,101 @@ def test_other_processors_run_after_the_chain(model, toy):
             return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([50]), 0.0)
 
     assert (run(model, toy, logits_processor=[Only50()])[:, 4:] == 50).all()
+
+
+# --- companions beside the host ---
+
+
+def passes(monkeypatch, log: list[str], **models) -> None:
+    """Have models, by name, note each of their passes in the log."""
+    for name, each in models.items():
+        forward = each.forward
+        noted = functools.wraps(forward)(lambda *a, name=name, f=forward, **k: log.append(name) or f(*a, **k))
+        monkeypatch.setattr(each, "forward", noted)
+
+
+@pytest.mark.filterwarnings("ignore:An expert and the small base:UserWarning")
+@pytest.mark.parametrize("options", [
+    {"do_sample": False}, {"do_sample": True, "num_return_sequences": 2}, {"eos_token_id": [*range(3, 60)]},
+])  # fmt: skip
+def test_companions_that_start_before_the_host_change_nothing(options, monkeypatch):
+    host, expert, base = (tiny_model(seed) for seed in range(3))
+    log: list[str] = []
+    passes(monkeypatch, log, host=host, base=base, expert=expert)
+    monkeypatch.setattr(generation, "_runs_behind", lambda model: True)
+    given = {"input_ids": PADDED, "attention_mask": MASK, "max_new_tokens": 6, **options}
+
+    def run() -> Any:
+        seed_everything(3)
+        fusion = lp.get("fusion")(lp.Companion(expert), lp.Companion(base, prompt=[7, 8]))
+        log.clear()
+        return lp.generate(host, lp.Chain([fusion]), output_scores=True, return_dict_in_generate=True, **given)
+
+    found = run()
+    steps = len(found.scores)
+    assert log == ["host", "base", "expert"] + ["base", "expert", "host"] * (steps - 1)
+    monkeypatch.setattr(lp.Companion, "start", lambda companion, newest: None)
+    expected = run()
+    assert log == ["host", "base", "expert"] * steps
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(*scores) for scores in zip(found.scores, expected.scores, strict=True))
+
+
+class HookedLogitsProcessor(LogitsProcessor):
+    """Notes whether something waits for the passes of a model."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(bool(self.model._forward_pre_hooks))
+        if len(self.seen) == 3:
+            raise InterruptedError
+        return scores
+
+
+@pytest.mark.parametrize(("options", "hooked"), [
+    ({}, True), ({"do_sample": True}, True), ({"num_beams": 2}, False), ({"prompt_lookup_num_tokens": 2}, False),
+    ({"speculative": True}, False),
+])  # fmt: skip
+def test_companions_start_early_where_a_step_continues_the_one_before(options, hooked, monkeypatch):
+    host = tiny_model()
+    monkeypatch.setattr(generation, "_runs_behind", lambda model: True)
+    given = {"input_ids": PADDED[1:], "attention_mask": MASK[1:], "max_new_tokens": 6, **options}
+    watch = HookedLogitsProcessor(host)
+    chain = lp.Chain([lp.get("fusion").example(WIDTH)])
+    with pytest.raises(InterruptedError):
+        lp.generate(host, chain, logits_processor=[watch], **given)
+    assert watch.seen == [hooked] * 3
+    assert not host._forward_pre_hooks, "nor after an error"
+    lp.generate(host, chain, **given)
+    assert not host._forward_pre_hooks
+
+
+def test_a_host_that_is_its_own_companion_starts_nothing(monkeypatch):
+    host, draft = tiny_model(), lp.Companion(tiny_model(1))
+    monkeypatch.setattr(generation, "_runs_behind", lambda model: True)
+    chain = lp.Chain([lp.get("fusion")(draft, lp.Companion(host), mode="newton")])
+    out = lp.generate(host, chain, input_ids=PADDED, attention_mask=MASK, max_new_tokens=6, do_sample=False)
+    monkeypatch.undo()
+    assert torch.equal(out, lp.generate(host, chain, input_ids=PADDED, attention_mask=MASK, max_new_tokens=6,
+                                        do_sample=False))  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_companions_beside_the_host_on_cuda_change_nothing(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    host, expert, base = (tiny_model(seed).cuda() for seed in range(3))
+    given = {"input_ids": PADDED.cuda(), "attention_mask": MASK.cuda(), "max_new_tokens": 40, "do_sample": False,
+             "output_scores": True, "return_dict_in_generate": True}  # fmt: skip
+    run = lambda: lp.generate(host, lp.Chain([lp.get("fusion")(lp.Companion(expert), lp.Companion(base))]), **given)
+    found = [run() for _ in range(5)]
+    monkeypatch.setattr(lp.Companion, "start", lambda companion, newest: None)
+    expected = run()
+    for one in found:
+        assert torch.equal(one.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(one.scores), torch.stack(expected.scores))
 
 
 # --- refused before the first token ---
