@@ -42,7 +42,7 @@ import speed_cases
 import speed_models
 import torch
 from speed_cases import BASELINES, BATCHES, BOUNDS, PAIRS, STEPS, VOCABULARIES, Bound, Inputs
-from speed_fit import fit
+from speed_fit import fit, fit_lmplz
 from speed_models import LLAMA
 from stopwatch import Call, Stopwatch
 from transformers.utils import logging
@@ -380,6 +380,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", type=Path, nargs="?", const=STORED, metavar="TABLE", help=f"default: {STORED.name}")
     parser.add_argument("--fit", type=Path, metavar="CORPUS", help="a text file, one document a line")
     parser.add_argument("--megabytes", type=float, default=100.0, help="how much of it, read again where it is less")
+    parser.add_argument("--lmplz", type=Path, metavar="PROGRAM", help="with --fit: KenLM's program on the same tokens")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -391,7 +392,10 @@ def _run(args: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in document.items()) + "\n")
     if args.fit:
         document["fit"] = fit(args.fit, args.megabytes)
-        print("fit: " + ", ".join(f"{k} {v:,.2f}" for k, v in document["fit"].items()))
+        if args.lmplz:
+            document["lmplz"] = fit_lmplz(args.lmplz, args.fit, args.megabytes)
+        for what in ("fit", "lmplz") if args.lmplz else ("fit",):
+            print(f"{what}: " + ", ".join(f"{k} {v:,.2f}" for k, v in document[what].items()))
     else:
         run = Run(args)
         with torch.inference_mode():

@@ -1,6 +1,8 @@
-"""How long counting a corpus takes, and how much memory."""
+"""How long counting a corpus takes, and how much memory; KenLM's `lmplz` beside it."""
 
+import re
 import resource
+import subprocess
 import tempfile
 import time
 from collections import deque
@@ -11,6 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from logitproc import NGramPrior, bundled
+from logitproc.corpus import documents
 
 
 def documents_of(corpus: Path, megabytes: float) -> Iterator[str]:
@@ -54,3 +57,21 @@ def fit(corpus: Path, megabytes: float) -> dict[str, float]:
     return {"megabytes": megabytes, "tokens": prior.tokens, "n_grams": sum(len(o.ids) for o in prior.orders),
             "seconds": seconds, "seconds_to_disk": on_disk, "tokens_per_second": prior.tokens / seconds,
             "gigabytes_before": before, "gigabytes_counted": counted, "gigabytes_read": peak()}  # fmt: skip
+
+
+def fit_lmplz(program: Path, corpus: Path, megabytes: float) -> dict[str, float]:
+    """The same of KenLM's `lmplz` on the same tokens, ends among them. It reads ids, and has nothing to tokenize."""
+    tokenizer, tokens = AutoTokenizer.from_pretrained(bundled.pocket("base")), 0
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/ids", "w", encoding="ascii") as file:
+            for text in documents(documents_of(corpus, megabytes)):
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                tokens += len(ids) + 1
+                file.write(" ".join(map(str, ids)) + "\n")
+        start = time.perf_counter()
+        log = subprocess.run([program.resolve(), "-o", "3", "-S", "2G", "-T", folder, "--discount_fallback",
+                              "--text", f"{folder}/ids", "--arpa", f"{folder}/arpa"],
+                             check=True, stderr=subprocess.PIPE).stderr  # fmt: skip
+        seconds = time.perf_counter() - start
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "gigabytes": int(re.findall(rb"RSSMax:(\d+)", log)[-1]) / 1e6}  # fmt: skip
