@@ -99,7 +99,7 @@ INSTRUCTIONS = {
     "arxiv": "Write in the style of the abstract of a scientific article. ",
 }
 DEFAULT = "backoff wb keep.003 guard2"  # what the rules above chose, at strength .7
-RIVALS = ["backoff wb"]
+RIVALS = ["backoff wb", "backoff wb guard2", "backoff wb keep.01 guard2"]
 MASKS = ["backoff wb keep.01 guard2", "backoff wb guard2", "backoff wb keep.02 guard2"]
 
 
@@ -223,8 +223,8 @@ def curve_distance(setting: Cells, controls: list[Cells], draws: int = 2000) -> 
     return {"mean": distance(np.arange(prompts)), "low": float(low), "high": float(high)}
 
 
-def run(study: Study, arms: list[str], grid: tuple[float, ...], seeds: tuple[int, ...]) -> dict:
-    """Judgements of every arm, strength and corpus: {corpus: {arm: {strength: judgement}}}."""
+def run(study: Study, grids: dict[str, tuple[float, ...]], seeds: tuple[int, ...]) -> dict:
+    """Judgements of every arm at its strengths on every corpus: {corpus: {arm: {strength: judgement}}}."""
     result: dict[str, dict] = {}
     for corpus in CORPORA:
         plain = study.table(corpus, "unsteered", 0.0, SAMPLE, seeds)
@@ -234,17 +234,16 @@ def run(study: Study, arms: list[str], grid: tuple[float, ...], seeds: tuple[int
         result[corpus] = {"unsteered": {"1": judge(plain, plain, controls)}}
         for t, control in zip(TEMPERATURES, controls, strict=True):
             result[corpus]["unsteered"][f"{t:g}"] = judge(control, plain, controls)
-        for arm in arms:
+        for arm, grid in grids.items():
             result[corpus][arm] = {}
-            strengths = (0.0,) if "strength" in ARMS[arm][1] else grid
-            for strength in strengths:
+            for strength in (0.0,) if "strength" in ARMS[arm][1] else grid:
                 cells = study.table(corpus, arm, strength, SAMPLE, seeds)
                 result[corpus][arm][f"{strength:g}"] = judge(cells, plain, controls)
             print(line(corpus, arm, result[corpus][arm]), file=sys.stderr, flush=True)
     return result
 
 
-def run_greedy(study: Study, arms: list[str], grid: tuple[float, ...]) -> dict:
+def run_greedy(study: Study, arms: list[str], grid: Iterable[float]) -> dict:
     """The same without sampling; base nats are compared with unsteered *sampled* text, see section 6."""
     result: dict[str, dict] = {}
     for corpus in CORPORA:
@@ -364,32 +363,29 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="default: all, or the candidates")
     parser.add_argument("--grid", type=float, nargs="+", default=GRID, help="strengths of `report`")
-    parser.add_argument("--parts", nargs="+", default=["sample", "rivals", "greedy"], help="of `report`",
-                        choices=("sample", "rivals", "greedy"))  # fmt: skip
+    parser.add_argument("--parts", nargs="+", default=["sample", "greedy"], choices=("sample", "greedy"),
+                        help="of `report`")  # fmt: skip
     args = parser.parse_args()
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = prompts[1::2] if args.stage == "report" else prompts[0::2]
     study = Study(args.model, args.styles, args.out, prompts)
     if args.stage == "choose":
         arms = args.arms or list(ARMS)
-        document = {"sample": run(study, arms, COARSE, SEEDS[:1])}
+        document = {"sample": run(study, dict.fromkeys(arms, COARSE), SEEDS[:1])}
         for arm, strength, corpora, collapses, gain in ranking(document["sample"])[:20]:
             print(f"{arm:24} {strength:>4}  admissible on {corpora}, {collapses} collapses, gain {gain:.2f}")
     elif args.stage == "strength":
         arms = args.arms or [DEFAULT, *MASKS]
-        document = {"sample": run(study, arms, FINE, SEEDS)}
+        document = {"sample": run(study, dict.fromkeys(arms, FINE), SEEDS)}
         print(markdown(document["sample"]))
         for arm in arms:
             print(f"{arm}: {default_strength({c: document['sample'][c][arm] for c in CORPORA})}")
         for arm, strength, gain in safe_settings(document["sample"]):
             print(f"safe on all corpora: {arm} at {strength}, mean held-out gain {gain:.2f}")
     else:
-        arms, grid = args.arms or ["paper", DEFAULT], tuple(args.grid)
-        parts = {
-            "sample": lambda: run(study, arms, grid, SEEDS),
-            "rivals": lambda: run(study, RIVALS, COARSE, SEEDS),
-            "greedy": lambda: run_greedy(study, arms, grid),
-        }
+        arms = args.arms or ["paper", DEFAULT]
+        grids = dict.fromkeys(arms, tuple(args.grid)) | ({} if args.arms else dict.fromkeys(RIVALS, COARSE))
+        parts = {"sample": lambda: run(study, grids, SEEDS), "greedy": lambda: run_greedy(study, arms, args.grid)}
         document = {part: parts[part]() for part in args.parts}
         for part, judged in document.items():
             print(f"\n### {part}\n{markdown(judged)}")
