@@ -43,13 +43,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sweep import COLORS, Bench, Cell, run_cell
+from sweep import COLORS, Bench, Cell, annotate, run_cell
 
 from logitproc import cli, metrics
 from logitproc.artifact import write_text
 from logitproc.methods.ngram import OFF
 
 CORPORA = ("quixote", "headlines", "arxiv")
+TITLES = {"quixote": "Don Quixote", "headlines": "headlines", "arxiv": "arXiv", "sample": "sampled", "greedy": "greedy"}
 GRID = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.00)
 COARSE = (0.1, 0.2, 0.3, 0.5, 1.0)
 FINE = (0.5, 0.7, 0.9, 1.0)
@@ -326,30 +327,43 @@ def interval(x: dict[str, float], digits: int = 2) -> str:
     return f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
 
 
-def plot(result: dict, path: Path) -> None:
-    """One panel a corpus: base against held-out style nats, a line for each arm, controls in grey."""
+def plot(document: dict[str, dict], path: Path) -> None:
+    """Base against held-out style nats: a row of panels for each way of decoding, a line for each arm, the default
+    in black, unsteered text in grey. Full circles are admissible, crosses collapse."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 5.4), dpi=120, layout="constrained")
-    for axis, corpus in zip(figure.subplots(1, len(CORPORA)), CORPORA, strict=True):
-        for number, (arm, cells) in enumerate(result[corpus].items()):
-            points = [
-                (j["mean"]["base_nll"]["mean"], j["mean"]["held_out_nll"]["mean"]) for j in cells.values()
-            ]
-            plain = arm == "unsteered"
-            color, label = ("0.5", "unsteered, T = .7 to 1") if plain else (COLORS[number % 8], arm)
-            style = "-" if plain or number <= 8 else "--"
-            axis.plot(*zip(*sorted(points) if plain else points, strict=True), style, color=color,
-                      marker="*" if plain else "o", ms=9 if plain else 4, lw=1.5, label=label)  # fmt: skip
-            if not plain:
-                for end in {0, len(points) - 1}:
-                    axis.annotate(list(cells)[end], points[end], (4, 4), textcoords="offset points",
-                                  fontsize=8, color=color)  # fmt: skip
-        axis.set(title=corpus, xlabel="base loss (nats per token): less is likelier to the model")
-        axis.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("held-out style loss (nats per token): less is closer")
-    figure.axes[-1].legend(fontsize=8)
+    figure = Figure(figsize=(15, 5.2 * len(document) + 0.8), dpi=120, layout="constrained")
+    panels = figure.subplots(len(document), len(CORPORA), squeeze=False)
+    notes = []
+    for axes, (part, result) in zip(panels, document.items(), strict=True):
+        axes[0].set_ylabel("held-out style loss (nats per token): less is closer")
+        for axis, corpus in zip(axes, CORPORA, strict=True):
+            notes.append((axis, [note for line in enumerate(result[corpus].items()) for note in draw(axis, *line)]))
+            axis.set(title=f"{TITLES[corpus]}, {TITLES[part]}", xlabel="base loss (nats per token): less is likelier")
+            axis.grid(alpha=0.25)
+            axis.margins(0.12, 0.08)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.draw_without_rendering()  # pixels are known from here on
+    for axis, texts in notes:
+        annotate(axis, texts)
     figure.savefig(path)
+
+
+def draw(axis: Any, number: int, named: tuple[str, dict[str, dict]]) -> list[tuple[float, float, str, str]]:
+    """The line of an arm, its number and {strength: judgement} given: what is to be written beside its points."""
+    arm, cells = named
+    x, y = ([j["mean"][name]["mean"] for j in cells.values()] for name in ("base_nll", "held_out_nll"))
+    if arm == "unsteered":
+        order = np.argsort(x)
+        axis.plot(np.array(x)[order], np.array(y)[order], "*-", color="0.5", ms=9, label="unsteered, T = .7 to 1")
+        return [(*point, f"T={t}", "0.5") for *point, t in zip(x, y, cells, strict=True)]
+    color = "black" if arm == DEFAULT else COLORS[number % len(COLORS)]
+    width, dashes = 2.5 if arm == DEFAULT else 1.3, "--" if number > len(COLORS) else "-"
+    axis.plot(x, y, dashes, color=color, lw=width, label=arm + " (default)" * (arm == DEFAULT))
+    for a, b, j in zip(x, y, cells.values(), strict=True):
+        inside = color if j["admissible"] or j["collapse"] else "white"
+        axis.plot(a, b, "x" if j["collapse"] else "o", color=color, mfc=inside, ms=5, zorder=3)
+    return [(x[i], y[i], list(cells)[i], color) for i in dict.fromkeys((len(x) - 1, 0))]
 
 
 if __name__ == "__main__":
@@ -390,4 +404,4 @@ if __name__ == "__main__":
         for part, judged in document.items():
             print(f"\n### {part}\n{markdown(judged)}")
     write_text(study.out / f"{args.stage}.json", json.dumps(document, indent=1))
-    plot(next(iter(document.values())), study.out / f"{args.stage}.png")
+    plot(document, study.out / f"{args.stage}.png")

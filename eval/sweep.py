@@ -391,7 +391,7 @@ def plot(summaries: Sequence[dict[str, Any]], path: Path) -> None:
     for axis in (plane, js, rep):
         axis.grid(alpha=0.25)
     figure.draw_without_rendering()  # pixels are known from here on
-    _annotate(plane, notes)
+    annotate(plane, notes)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -404,7 +404,7 @@ def _series(summary: dict[str, Any], with_decoding: bool) -> str:
     return ", ".join([*parts, *([_decoding(summary["decoding"])] if with_decoding or not parts else [])])
 
 
-def _annotate(axis: Any, notes: Sequence[tuple[float, float, str, str]]) -> None:
+def annotate(axis: Any, notes: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each (x, y, text, color) beside its point, unless another note is there already."""
     from matplotlib.patheffects import withStroke
 

@@ -84,6 +84,19 @@ def test_the_control_curve_is_interpolated_between_temperatures():
     assert distance["low"] < distance["mean"] < distance["high"]
 
 
+def test_the_plot_has_a_panel_for_each_corpus_and_decoding_and_tells_collapses(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib: pip install '.[plot]'")
+    cell = lambda *args, **options: study.judge(cells(*args, **options), PLAIN, CONTROLS)
+    arms = {"unsteered": {"1": cell(4.4, 7.5), "0.7": cell(3.2, 6.4)}, study.DEFAULT: {"0.1": cell(4.2, 6.0)}}
+    arms["paper"] = {"0.1": cell(4.2, 7.45), "0.5": cell(4.2, 7.4), "1": cell(4.2, 8.0)}  # the last collapses
+    axis = figure.Figure().subplots()
+    assert [note[2] for note in study.draw(axis, 2, ("paper", arms["paper"]))] == ["1", "0.1"]
+    assert [line.get_marker() for line in axis.lines[1:]] == ["o", "o", "x"]
+    result = {corpus: arms for corpus in study.CORPORA}
+    study.plot({"sample": result, "greedy": result}, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
 def test_lora_reads_documents_in_rows_and_learns_no_end(monkeypatch):
     monkeypatch.setattr(lora, "WINDOW", 4)
     monkeypatch.setattr(lora, "TOKENS", 6)
