@@ -342,7 +342,8 @@ def plot(document: dict[str, dict], path: Path) -> None:
             axis.set(title=f"{TITLES[corpus]}, {TITLES[part]}", xlabel="base loss (nats per token): less is likelier")
             axis.grid(alpha=0.25)
             axis.margins(0.12, 0.08)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
+                  title="full circles: admissible, empty: not, crosses: collapse")  # fmt: skip
     figure.draw_without_rendering()  # pixels are known from here on
     for axis, texts in notes:
         annotate(axis, texts)
