@@ -149,46 +149,49 @@ def grid(family: Family, kl: Tensor, reverse_kl: Tensor, points: range) -> tuple
 
 
 def match(
-    family: Family, mean: Tensor, low: Tensor, high: Tensor, ridge: float, centre: float, steps: int = 12
+    family: Family, mean: Tensor, low: Tensor, high: Tensor, ridge: float, centre: float, steps: int = 32
 ) -> Tensor:
     """a [rows, T] in [low, high] [rows, T] that minimises G = A(a) - a . mean + ridge / 2 |a - centre|^2.
 
     mean [rows, T] is the mean of d that P_a should have. Convex: the gradient is mu - mean + ridge (a - centre), the
-    Hessian Sigma + ridge. Newton steps without the coordinates that push against their bound, at most 1 long in
-    any coordinate, and the best of six fractions of each; a whole one where G would change by no more than rounding.
-    A row whose step was that small stays.
+    Hessian Sigma + ridge. Each pass over the scores gives all three at a trial. One where G is not above the least so
+    far by more than rounding is taken, and the next is Newton's step from there: without the coordinates that push
+    against their bound, and at most 1 long in any coordinate. Otherwise the next is a quarter of the step that failed.
+    A row is done with a step so short that the error left is a rounding error, or that G gains no more than that.
     """
-    d, identity = family.d, torch.eye(family.d.shape[1], dtype=family.d.dtype, device=family.d.device)
-    noise = 1e-12 if d.dtype is torch.float64 else 1e-5
-    within = lambda a: torch.minimum(torch.maximum(a, low), high)
-    tilted = lambda a: torch.baddbmm(family.log_w[:, None], a[:, None], d).squeeze(1)
-
-    def objective(a: Tensor) -> Tensor:
-        return tilted(a).logsumexp(-1) - (a * mean).sum(-1) + ridge / 2 * (a - centre).square().sum(-1)
-
-    a = within(torch.full_like(mean, centre))
-    value, done = objective(a), torch.zeros_like(mean[:, :1], dtype=torch.bool)
+    double = family.d.dtype is torch.float64
+    noise, near, flat = (1e-12, 1e-7, 1e-20) if double else (1e-5, 3e-4, 1e-8)
+    best = trial = torch.full_like(mean, centre).clamp(low, high)
+    least, step = torch.full_like(family.log_z, torch.inf), torch.zeros_like(mean)
+    done = family.log_z == -torch.inf  # rows without a token
     for _ in range(steps):
-        q = tilted(a).softmax(-1)[:, None]
-        mu = (q @ d.mT).squeeze(1)
-        gradient = mu - mean + ridge * (a - centre)
-        frozen = ((a <= low) & (gradient > 0)) | ((a >= high) & (gradient < 0))
-        free = (~frozen).to(d.dtype)
-        hessian = (q * d) @ d.mT - mu[:, :, None] * mu[:, None] + max(ridge, 1e-9) * identity
-        hessian = hessian * free[:, :, None] * free[:, None] + torch.diag_embed(1 - free)
-        step = -torch.linalg.solve_ex(hessian, (gradient * free)[..., None])[0].squeeze(-1)
-        step = step / step.abs().amax(-1, keepdim=True).clamp(min=1)
-        close = -(gradient * step).sum(-1, keepdim=True) <= noise
-        best, least = a, value
-        for fraction in TRIALS:
-            trial = within(a + fraction * step)
-            now = objective(trial)
-            better = now < least
-            best, least = torch.where(better[:, None], trial, best), torch.where(better, now, least)
-        best = torch.where(close, within(a + step), best)
-        best, value = torch.where(done, a, best), least
-        done = done | (close & ((best - a).abs().amax(-1, keepdim=True) <= noise))
-        a = best
-        if a.device.type == "cpu" and bool(done.all()):
+        log_z, mu, sigma = joint_moments(family, trial)
+        value = log_z - (trial * mean).sum(-1) + ridge / 2 * (trial - centre).square().sum(-1)
+        gradient = mu - mean + ridge * (trial - centre)
+        frozen = ((trial <= low) & (gradient > 0)) | ((trial >= high) & (gradient < 0))
+        gradient, free = gradient.masked_fill(frozen, 0.0), (~frozen).to(mean.dtype)
+        variance = sigma.diagonal(dim1=1, dim2=2)
+        hessian = sigma * free[:, :, None] * free[:, None]
+        hessian = hessian + torch.diag_embed(1 - free + max(ridge, 1e-9) + noise * variance)  # regular, also rounded
+        newton = -torch.linalg.solve_ex(hessian, gradient[..., None])[0].squeeze(-1)
+        newton = newton / newton.abs().amax(-1, keepdim=True).clamp(min=1)
+        taken = ~done & (value <= least + noise)
+        best, least = torch.where(taken[:, None], trial, best), torch.where(taken, value, least)
+        step = torch.where(taken[:, None], newton, step / 4)
+        trial = torch.where(done[:, None], trial, (best + step).clamp(low, high))
+        move = trial - best
+        done = done | (taken & ((move.abs().amax(-1) <= near) | (-(gradient * move).sum(-1) <= flat)))
+        if done.device.type == "cpu" and bool(done.all()):
             break
-    return a
+    return torch.where(done[:, None], trial, best)
+
+
+def joint_moments(family: Family, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logsumexp of log_w + a . d [rows], mean [rows, T] and covariance [rows, T, T] of d under P_a); a [rows, T]."""
+    x = torch.baddbmm(family.log_w[:, None], a[:, None], family.d)
+    top = x.amax(-1, keepdim=True)
+    w = x.sub_(top).exp_()
+    total = w.sum(-1, keepdim=True)
+    mean = w @ family.d.mT / total
+    second = (w * family.d) @ family.d.mT / total
+    return (top + total.log())[:, 0, 0], mean[:, 0], second - mean.mT @ mean

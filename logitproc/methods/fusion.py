@@ -106,6 +106,8 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
         return Fusion(*fuse_one(host, base, experts[0], points, target, *bounds[0], steps))
     if weights is None:
         weights = _columns([1 / len(experts)] * len(experts), host)
+    if mode == "match":
+        return Fusion(*fuse_match(host, base, experts, weights, bounds, kind, ridge, centre))
     return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, steps)
 
 
@@ -117,6 +119,15 @@ def fuse_one(
     """The fields of `Fusion`, by "grid" over k / 10 for k in `points`, or where these are None by "newton"."""
     mode, weights = "newton" if points is None else "grid", torch.ones_like(host[:, :1])
     return _fuse(host, base, [expert], weights, mode, target, [(low, high)], "level", 0.0, 0.0, steps)
+
+
+@op
+def fuse_match(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, bounds: Sequence[tuple[float, float]],
+    kind: Kind, ridge: float, centre: float, steps: int = 32,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The fields of `Fusion`, by "match"."""
+    return _fuse(host, base, experts, weights, "match", "J", bounds, kind, ridge, centre, steps)
 
 
 def _fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, *options: Any) -> Fusion:
@@ -146,7 +157,7 @@ def _solve(
         a, beyond = tilt.root(family, c.variance[:, 0], goal, target, high, steps)
         a = a.clamp(min=low)[:, None]
     elif mode == "match":
-        goal = (weights[:, None] @ c.expert_mean).squeeze(1)
+        goal = (weights[:, None] @ c.expert_mean.to(weights.dtype)).squeeze(1)
         if kind == "shift":
             goal = goal + family.mean - c.base_mean
         low_side, high_side = (_columns(side, goal) for side in zip(*bounds, strict=True))
@@ -211,7 +222,7 @@ def _measure(
 
 def _columns(values: Sequence[float], like: Tensor) -> Tensor:
     """[rows, len(values)], made where `like` is: a copy from the host would wait for the device."""
-    return torch.stack([torch.full_like(like[:, 0], value) for value in values], 1)
+    return torch.cat([like.new_full((len(like), 1), value) for value in values], 1)
 
 
 def _points(low: float, high: float) -> range:

@@ -100,13 +100,31 @@ def fuse_one(
     given = rows_of(host, base, expert)
     if given is None or not host.shape[1]:
         return NotImplemented
-    out, numbers = torch.empty_like(given[0]), host.new_empty(3, len(host))
-    flags = torch.empty(2, len(host), dtype=torch.bool)
+    fusion = _empty_fusion(given[0], 1)
     first, count = (0, 0) if points is None else (points[0], len(points))
-    call("fuse_one", *given, out, *numbers, *flags, *host.shape, first, count, ord(target), float(low), float(high),
-         steps)  # fmt: skip
-    alpha, kl, reverse_kl = numbers[:, :, None]
-    return out, alpha, kl, reverse_kl, flags[0], flags[1, :, None]
+    call("fuse_one", *given, *fusion, *host.shape, first, count, ord(target), float(low), float(high), steps)
+    return fusion
+
+
+def fuse_match(
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, bounds: Sequence[tuple[float, float]],
+    kind: str, ridge: float, centre: float, steps: int = 32,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    given, count = rows_of(host, base, *experts), len(experts)
+    if given is None or not host.shape[1] or weights.dtype != torch.float32 or weights.shape != (len(host), count):
+        return NotImplemented
+    fusion = _empty_fusion(given[0], count)
+    limits = _floats([side for pair in bounds for side in pair] * (count // len(bounds)))
+    call("fuse_match", *given[:2], _pointers(given[2:]), weights.contiguous(), limits, *fusion, *host.shape, count,
+         kind == "shift", float(ridge), float(centre), steps)  # fmt: skip
+    return fusion
+
+
+def _empty_fusion(host: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Room for the fields of `fusion.Fusion`."""
+    alpha, kl, reverse_kl = (torch.empty(len(host), count) for _ in range(3))
+    beyond, dead = torch.empty(len(host), dtype=torch.bool), torch.empty(len(host), count, dtype=torch.bool)
+    return torch.empty_like(host), alpha, kl, reverse_kl, beyond, dead
 
 
 def mixture(
@@ -136,11 +154,17 @@ def _mixture(
     given = rows_of(host, base, *experts)
     if given is None or not host.shape[1]:
         return NotImplemented
-    pointers = torch.tensor([expert.data_ptr() for expert in given[2:]])
-    numbers = [torch.tensor(values, dtype=torch.float32) for values in (alphas, betas)]
-    call(name, *given[:2], pointers, *numbers, about_rows.contiguous(), out, *host.shape, len(experts),
-         len(alphas), len(betas))  # fmt: skip
+    call(name, *given[:2], _pointers(given[2:]), _floats(alphas), _floats(betas), about_rows.contiguous(), out,
+         *host.shape, len(experts), len(alphas), len(betas))  # fmt: skip
     return out
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (ctypes.c_float * len(values))(*values)
 
 
 # --- history ---

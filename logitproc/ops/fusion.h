@@ -13,14 +13,27 @@ constexpr float kDead = 1e-6f;        // nats
 
 inline bool allowed(float x) { return x > kForbidden; }
 
-// The first of the tokens that x likes best among those that x, y and z allow; -1 without any.
-int64_t first_choice(const float* x, const float* y, const float* z, int64_t width) {
-  int64_t first = std::find(x, x + width, maximum(x, width)) - x;
-  if (first < width && allowed(x[first]) && allowed(y[first]) && allowed(z[first])) return first;
+// The first of the tokens that x likes best among those that x and all others allow; -1 without any.
+int64_t first_choice(const float* x, const std::vector<const float*>& others, int64_t width) {
+  const auto allow = [&](int64_t i) {
+    return std::all_of(others.begin(), others.end(), [=](const float* y) { return allowed(y[i]); });
+  };
+  float best = -kInfinity;
+  int64_t first = 0;
+  for_blocks(width, [&](int64_t start, int64_t n) {
+    const float high = maximum(x + start, n);
+    if (high > best) {
+      best = high;
+      first = start;
+    }
+  });
+  if (!allowed(best)) return -1;
+  first = std::find(x + first, x + width, best) - x;
+  if (allow(first)) return first;
   first = -1;
-  float best = kForbidden;
+  best = kForbidden;
   for (int64_t i = 0; i < width; ++i)
-    if (allowed(y[i]) && allowed(z[i]) && x[i] > best) best = x[first = i];
+    if (x[i] > best && allow(i)) best = x[first = i];
   return first;
 }
 
@@ -57,7 +70,7 @@ struct Mixture {
       for (int64_t t = 0; t < count && (upscaled ? betas : alphas); ++t) {
         const float* e = experts[t] + row * width;
         const float *x = upscaled ? e : h, *y = upscaled ? h : e;
-        const int64_t first = first_choice(x, b, y, width);
+        const int64_t first = first_choice(x, {b, y}, width);
         const float reference = first < 0 ? 0 : y[first] - b[first];
         bool left = first >= 0;
         for (int64_t i = 0; upscaled && !left && i < width; ++i) left = allowed(h[i]) && allowed(e[i]);
@@ -87,7 +100,7 @@ void fuse_one(const float* host, const float* base, const float* expert, float* 
   for_rows(rows, width, threads, width, [=](int64_t row, float* d) {
     const float *h = host + row * width, *b = base + row * width, *e = expert + row * width;
     float* z = out + row * width;  // ln w of the host, until the fused scores are written
-    const int64_t first = std::max<int64_t>(0, first_choice(h, b, e, width));
+    const int64_t first = std::max<int64_t>(0, first_choice(h, {b, e}, width));
     const float top = h[first], reference = e[first] - b[first];
     Moments own, small, tuned;
     float x[kBlock], y[kBlock];
@@ -127,6 +140,73 @@ void fuse_one(const float* host, const float* base, const float* expert, float* 
     }
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) z[i] = allowed(e[i]) ? h[i] + a * d[i] : -kInfinity;
+  });
+}
+
+// host, base, experts [count][rows, width], out [rows, width]; weights, alpha, kl, reverse_kl, dead bool [rows, count];
+// beyond bool [rows]; bounds [count, 2]
+void fuse_match(const float* host, const float* base, const float* const* experts, const float* weights,
+                const float* bounds, float* out, float* alpha, float* kl, float* reverse_kl, bool* beyond,
+                bool* dead, int64_t rows, int64_t width, int64_t count, bool shift, float ridge, float centre,
+                int64_t steps, int64_t threads) {
+  for_rows(rows, width, threads, count * width, [=](int64_t row, float* d) {
+    const float *h = host + row * width, *b = base + row * width;
+    float *z = out + row * width, *a = alpha + row * count;  // z: ln w of the host, until the fused scores are written
+    std::vector<const float*> all{b};
+    for (int64_t t = 0; t < count; ++t) all.push_back(experts[t] + row * width);
+    const float* const* e = all.data() + 1;
+    const int64_t first = std::max<int64_t>(0, first_choice(h, all, width));
+    JointMoments own(count, true), small(count, false);
+    std::vector<JointMoments> tuned(count, JointMoments(count, false));
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      float host_here[kBlock], x[kBlock];  // -inf where any of them forbids a token
+      std::copy(h + start, h + start + n, host_here);
+      for (const float* y : all)
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) host_here[i] = allowed(y[start + i]) ? host_here[i] : -kInfinity;
+      const float top = h[first];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) z[start + i] = allowed(host_here[i]) ? host_here[i] - top : -kInfinity;
+      for (int64_t t = 0; t < count; ++t) {
+        const float *y = e[t] + start, *s = b + start, reference = e[t][first] - b[first];
+        float* to = d + t * width + start;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = allowed(host_here[i]) ? (y[i] - s[i]) - reference : 0.0f;
+      }
+      const auto add = [&](JointMoments& m, const float* y) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) x[i] = allowed(host_here[i]) ? y[start + i] : -kInfinity;
+        m.add(x, d + start, width, n);
+      };
+      own.add(z + start, d + start, width, n);
+      add(small, b);
+      for (int64_t t = 0; t < count; ++t) add(tuned[t], e[t]);
+    });
+    std::vector<double> goal(count);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t at = row * count + t;
+      // d is 0 at `first`, where ln q_t - ln q is then less than d by ln E_Q exp d.
+      const double ratio = (b[first] - small.log_z()) - (e[t][first] - tuned[t].log_z());
+      kl[at] = static_cast<float>(positive(tuned[t].mean(t) - ratio));
+      reverse_kl[at] = static_cast<float>(positive(ratio - small.mean(t)));
+      // true for NaN: a row without a common token
+      dead[at] = !(tuned[t].mean(t) - small.mean(t) >= kDead && own.covariance(t, t) > 0);
+      for (int64_t s = 0; s < count; ++s) goal[t] += weights[row * count + s] * tuned[s].mean(t);
+      if (shift) goal[t] += own.mean(t) - small.mean(t);
+    }
+    beyond[row] = false;
+    std::fill(a, a + count, 0.0f);
+    if (!std::all_of(dead + row * count, dead + (row + 1) * count, [](bool is) { return is; })) {
+      const std::vector<float> found = Tilts{z, d, width, count}.match(own, goal, bounds, ridge, centre, steps);
+      for (int64_t t = 0; t < count; ++t) a[t] = dead[row * count + t] ? 0 : found[t];
+    }
+    std::copy(h, h + width, z);
+    for (int64_t t = 0; t < count; ++t) {
+      const float *y = e[t], *dt = d + t * width, slope = a[t];
+      if (slope == 0) continue;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) z[i] = allowed(y[i]) ? z[i] + slope * dt[i] : -kInfinity;
+    }
   });
 }
 

@@ -42,6 +42,51 @@ struct Moments {
   double variance() const { return positive(second / total - mean() * mean()); }
 };
 
+// Sums of w = exp(x - top), w d_t and, if asked for, w d_t d_u over a row, for `count` directions `stride` apart.
+struct JointMoments {
+  double top = -std::numeric_limits<double>::infinity(), total = 0;
+  std::vector<double> first, second;  // second: the lower triangle, row by row
+
+  JointMoments(int64_t count, bool covariances) : first(count), second(covariances ? count * (count + 1) / 2 : 0) {}
+
+  void add(const float* x, const float* d, int64_t stride, int64_t n) {
+    const float high = maximum(x, n);
+    if (!(high > -kInfinity)) return;  // a block may be forbidden
+    if (high > top) {
+      const double less = std::exp(top - high);
+      total *= less;
+      for (double& sum : first) sum *= less;
+      for (double& sum : second) sum *= less;
+      top = high;
+    }
+    const double less = std::exp(high - top);
+    float w[kBlock], wd[kBlock], sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += w[i] = exponential(x[i] - high);
+    total += less * sum;
+    const int64_t count = static_cast<int64_t>(first.size());
+    for (int64_t t = 0, pair = 0; t < count; ++t) {
+      const float* dt = d + t * stride;
+      sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += wd[i] = w[i] * dt[i];
+      first[t] += less * sum;
+      for (int64_t u = 0; u <= t && !second.empty(); ++u) {
+        const float* du = d + u * stride;
+        sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; ++i) sum += wd[i] * du[i];
+        second[pair++] += less * sum;
+      }
+    }
+  }
+  double log_z() const { return top + std::log(total); }
+  double mean(int64_t t) const { return first[t] / total; }
+  double covariance(int64_t t, int64_t u) const {
+    return second[std::max(t, u) * (std::max(t, u) + 1) / 2 + std::min(t, u)] / total - mean(t) * mean(u);
+  }
+};
+
 // P_a ~ exp(log_w + a d), a row of `tilt.Family` with one direction. d is finite.
 struct Tilt {
   const float *log_w, *d;
@@ -127,6 +172,101 @@ struct Tilt {
       }
     }
     return static_cast<float>(first + best) / 10;
+  }
+};
+
+// x of A x = b, A [n, n] symmetric and positive definite
+inline std::vector<double> solution(std::vector<double> a, std::vector<double> b) {
+  const int64_t n = static_cast<int64_t>(b.size());
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t i = k + 1; i < n; ++i) {
+      const double factor = a[i * n + k] / a[k * n + k];
+      for (int64_t j = k; j < n; ++j) a[i * n + j] -= factor * a[k * n + j];
+      b[i] -= factor * b[k];
+    }
+  for (int64_t k = n - 1; k >= 0; --k) {
+    for (int64_t j = k + 1; j < n; ++j) b[k] -= a[k * n + j] * b[j];
+    b[k] /= a[k * n + k];
+  }
+  return b;
+}
+
+// P_a ~ exp(log_w + a . d), a row of `tilt.Family`; the directions are `width` apart.
+struct Tilts {
+  const float *log_w, *d;
+  int64_t width, count;
+
+  JointMoments moments(const std::vector<float>& a) const {
+    JointMoments m(count, true);
+    float x[kBlock];
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      std::copy(log_w + start, log_w + start + n, x);
+      for (int64_t t = 0; t < count; ++t) {
+        const float* dt = d + t * width + start;
+        const float slope = a[t];
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) x[i] += slope * dt[i];
+      }
+      m.add(x, d + start, width, n);
+    });
+    return m;
+  }
+
+  // `tilt.match`; at_0 are the moments of P_0, bounds [count, 2]
+  std::vector<float> match(const JointMoments& at_0, const std::vector<double>& mean, const float* bounds, double ridge, float centre, int64_t steps) const {
+    const auto within = [=](int64_t t, double a) {
+      return std::min(std::max(static_cast<float>(a), bounds[2 * t]), bounds[2 * t + 1]);
+    };
+    std::vector<float> trial(count);
+    for (int64_t t = 0; t < count; ++t) trial[t] = within(t, centre);
+    std::vector<float> best = trial;
+    std::vector<double> step(count), gradient(count);
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t i = 0; i < steps; ++i) {
+      const bool at_rest = std::all_of(trial.begin(), trial.end(), [](float a) { return a == 0; });
+      const JointMoments m = at_rest ? at_0 : moments(trial);
+      double value = m.log_z();
+      for (int64_t t = 0; t < count; ++t)
+        value += ridge / 2 * (trial[t] - centre) * (trial[t] - centre) - trial[t] * mean[t];
+      const bool taken = value <= least + 1e-5;
+      if (taken) {
+        best = trial;
+        least = value;
+        std::vector<bool> frozen(count);
+        for (int64_t t = 0; t < count; ++t) {
+          const double g = m.mean(t) - mean[t] + ridge * (trial[t] - centre);
+          frozen[t] = (trial[t] <= bounds[2 * t] && g > 0) || (trial[t] >= bounds[2 * t + 1] && g < 0);
+          gradient[t] = frozen[t] ? 0 : g;
+        }
+        step = newton(m, gradient, frozen, ridge);
+      } else {
+        for (double& s : step) s /= 4;
+      }
+      double longest = 0, gain = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        trial[t] = within(t, best[t] + step[t]);
+        const double move = static_cast<double>(trial[t]) - best[t];
+        longest = std::max(longest, std::abs(move));
+        gain -= gradient[t] * move;
+      }
+      if (taken && (longest <= 3e-4 || gain <= 1e-8)) return trial;
+    }
+    return best;
+  }
+
+  // -(Hessian)^-1 gradient over the coordinates that are not frozen, at most 1 long in any
+  std::vector<double> newton(const JointMoments& m, const std::vector<double>& gradient,
+                             const std::vector<bool>& frozen, double ridge) const {
+    std::vector<double> hessian(count * count);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t u = 0; u < count; ++u) hessian[t * count + u] = frozen[t] || frozen[u] ? 0 : m.covariance(t, u);
+      hessian[t * count + t] += (frozen[t] ? 1 : 0) + std::max(ridge, 1e-9) + 1e-5 * m.covariance(t, t);
+    }
+    std::vector<double> step = solution(hessian, gradient);
+    double longest = 1;
+    for (const double s : step) longest = std::max(longest, std::abs(s));
+    for (double& s : step) s /= -longest;
+    return step;
   }
 };
 

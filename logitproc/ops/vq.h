@@ -6,9 +6,9 @@
 
 namespace {
 
-// What the tokens of a code add up to; the last of them, which is alone if it is all of the weight.
+// What the tokens of a code add up to. In float64, whose quotient gives back the score of a token that is alone.
 struct Shared {
-  float sum, weight, last, last_weight;
+  double sum, weight;
 };
 
 }  // namespace
@@ -22,18 +22,24 @@ void share_logits(const float* scores, const int32_t* mapping, const float* weig
     const float* x = scores + row * width;
     float* y = out + row * width;
     std::vector<Shared> shared(codes);
-    float top = maximum(x, tokens);  // sums are then no larger than differences of scores
-    if (top == -kInfinity) top = 0;
-    for (int64_t i = 0; i < tokens; ++i) {
-      if (!(x[i] > -kInfinity)) continue;
-      Shared& code = shared[mapping[i]];
-      code = {code.sum + weights[i] * (x[i] - top), code.weight + weights[i], x[i], weights[i]};
+    constexpr int64_t few = 512;  // so that their parts stay in the nearest cache beside the codes
+    for (int64_t start = 0; start < tokens; start += few) {
+      Shared parts[few];
+      const int64_t n = std::min(few, tokens - start);
+      const float *xs = x + start, *ws = weights + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const bool finite = xs[i] > -kInfinity;
+        const double weight = finite ? ws[i] : 0.0f;
+        parts[i].sum = weight * (finite ? xs[i] : 0.0f);
+        parts[i].weight = weight;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        Shared& code = shared[mapping[start + i]];
+        code = {code.sum + parts[i].sum, code.weight + parts[i].weight};
+      }
     }
-    for (int64_t k = 0; k < codes; ++k) {  // NaN where nothing has weight
-      const Shared& code = shared[k];
-      const bool alone = code.weight == code.last_weight && code.weight > 0;
-      mean[k] = alone ? code.last : code.sum / code.weight + top;
-    }
+    for (int64_t k = 0; k < codes; ++k) mean[k] = shared[k].sum / shared[k].weight;  // NaN where nothing has weight
 #pragma omp simd
     for (int64_t i = 0; i < tokens; ++i) {
       const float m = mean[mapping[i]];

@@ -67,6 +67,12 @@ def grid(*scores: Tensor) -> tuple[Tensor, ...]:
     return fusion.fuse_one(*scores, range(21), "J", 0.0, 2.0, 12)
 
 
+def match(host: Tensor, base: Tensor, *experts: Tensor, kind: str = "level", centre: float = 0.0) -> tuple[Tensor, ...]:
+    weights = torch.linspace(1, 2, len(experts), dtype=host.dtype, device=host.device)
+    weights = (weights / weights.sum()).expand(len(host), -1)
+    return fusion.fuse_match(host, base, experts, weights, [(0.0, 1.2)], kind, 1e-2, centre)
+
+
 def mixture(host: Tensor, base: Tensor, *experts: Tensor) -> Tensor:
     alphas, betas = (0.5, 0), (0, 0.3)
     log_w = torch.linspace(-2, 2, 1 + 4 * len(experts), dtype=host.dtype)
@@ -91,6 +97,8 @@ def within_budget(scores: Tensor, others: Tensor) -> Tensor:
 CASES: dict[str, Any] = {
     "newton R": (3, functools.partial(newton, target="R")), "newton F": (3, functools.partial(newton, target="F")),
     "newton J": (3, newton), "grid": (3, grid),
+    "match": (3, match), "match of three": (5, match), "match of two, shift": (4, functools.partial(match, kind="shift")),
+    "match of four, centred": (6, functools.partial(match, centre=1.0)),
     "mixture": (3, mixture), "mixture of two": (4, mixture), "log_likelihoods": (4, log_likelihoods),
     "teacher": (2, teacher()), "teacher of three": (3, teacher(r=2.0, tvd_units="code", clamp=(0.1, 1.5))),
     "teacher masked": (3, teacher(coefficient=1.5, plausibility=0.1)),
