@@ -29,18 +29,23 @@ void extrapolated(const float* plus, const float* minus, const float* anchor, fl
     float* z = out + row * width;
     LogSum plus_sum, minus_sum, anchor_sum;
     float x[kBlock], y[kBlock];
+    int64_t outside = px != ax;  // 0 where plus is the anchor, and all that it allows is inside
     for_blocks(width, [&](int64_t start, int64_t n) {
-#pragma omp simd
+      int32_t left_out = 0;
+#pragma omp simd reduction(+ : left_out)
       for (int64_t i = 0; i < n; ++i) {
-        const float p = px[start + i], m = mx[start + i];
-        const bool inside = (p > -kInfinity) & (m > -kInfinity) & (ax[start + i] > -kInfinity);
+        const float p = px[start + i], m = mx[start + i], c = ax[start + i];
+        const bool inside = (p > -kInfinity) & (m > -kInfinity) & (c > -kInfinity);
         x[i] = inside ? p : -kInfinity;
         y[i] = inside ? m : -kInfinity;
+        left_out += (c > -kInfinity) & !inside;
       }
       plus_sum.add(x, n);
       minus_sum.add(y, n);
-      anchor_sum.add(ax + start, n);
+      outside += left_out;
     });
+    if (outside == 0) anchor_sum = plus_sum;
+    else for_blocks(width, [&](int64_t start, int64_t n) { anchor_sum.add(ax + start, n); });
     const LogSoftmax log_p(plus_sum), log_q(minus_sum), log_anchor(anchor_sum);
 
     float a = constant;
