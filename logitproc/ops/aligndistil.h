@@ -24,42 +24,47 @@ void extrapolated(const float* plus, const float* minus, const float* anchor, fl
                   int64_t rows, int64_t width, float constant, float r, float eps, float low, float high,
                   float cap, float implausible, float anchor_weight, int64_t threads) {
   const bool capped = cap < kInfinity;
-  for_rows(rows, width, threads, capped ? width : 0, [=](int64_t row, float* changes) {
+  for_rows(rows, width, threads, width, [=](int64_t row, float* scratch) {
     const float *px = plus + row * width, *mx = minus + row * width, *ax = anchor + row * width;
     float* z = out + row * width;
-    LogSum plus_sum, minus_sum, anchor_sum;
-    float x[kBlock], y[kBlock];
-    int64_t outside = px != ax;  // 0 where plus is the anchor, and all that it allows is inside
+    const auto all_allow = [=](int64_t i) {
+      return (px[i] > -kInfinity) & (mx[i] > -kInfinity) & (ax[i] > -kInfinity);
+    };
+    float plus_top = -kInfinity, minus_top = -kInfinity;
+    int64_t rest = 0;  // tokens of the anchor that the others forbid
+#pragma omp simd reduction(max : plus_top, minus_top) reduction(+ : rest)
+    for (int64_t i = 0; i < width; ++i) {
+      const bool inside = all_allow(i);
+      plus_top = inside && px[i] > plus_top ? px[i] : plus_top;
+      minus_top = inside && mx[i] > minus_top ? mx[i] : minus_top;
+      rest += (ax[i] > -kInfinity) & !inside;
+    }
+    float *plus_exp = z, *minus_exp = scratch;  // overwritten later
+    LogSum plus_sum{plus_top}, minus_sum{minus_top}, anchor_sum;
     for_blocks(width, [&](int64_t start, int64_t n) {
-      int32_t left_out = 0;
-#pragma omp simd reduction(+ : left_out)
-      for (int64_t i = 0; i < n; ++i) {
-        const float p = px[start + i], m = mx[start + i], c = ax[start + i];
-        const bool inside = (p > -kInfinity) & (m > -kInfinity) & (c > -kInfinity);
-        x[i] = inside ? p : -kInfinity;
-        y[i] = inside ? m : -kInfinity;
-        left_out += (c > -kInfinity) & !inside;
+      float p_sum = 0, q_sum = 0;
+#pragma omp simd reduction(+ : p_sum, q_sum)
+      for (int64_t i = start; i < start + n; ++i) {
+        const bool inside = all_allow(i);
+        p_sum += plus_exp[i] = inside ? exponential(px[i] - plus_top) : 0.0f;
+        q_sum += minus_exp[i] = inside ? exponential(mx[i] - minus_top) : 0.0f;
       }
-      plus_sum.add(x, n);
-      minus_sum.add(y, n);
-      outside += left_out;
+      plus_sum.total += p_sum;
+      minus_sum.total += q_sum;
     });
-    if (outside == 0) anchor_sum = plus_sum;
+    if (px == ax && rest == 0) anchor_sum = plus_sum;
     else for_blocks(width, [&](int64_t start, int64_t n) { anchor_sum.add(ax + start, n); });
     const LogSoftmax log_p(plus_sum), log_q(minus_sum), log_anchor(anchor_sum);
 
     float a = constant;
     if (std::isnan(constant)) {
+      const float p_part = plus_sum.total > 0 ? 1 / plus_sum.total : 0;
+      const float q_part = minus_sum.total > 0 ? 1 / minus_sum.total : 0;
       double variation = 0;
       for_blocks(width, [&](int64_t start, int64_t n) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < n; ++i) {
-          const float p = px[start + i], m = mx[start + i];
-          const bool inside = (p > -kInfinity) & (m > -kInfinity) & (ax[start + i] > -kInfinity);
-          const float apart = std::abs(exponential(log_p(p)) - exponential(log_q(m)));
-          sum += inside ? apart : 0.0f;
-        }
+        for (int64_t i = start; i < start + n; ++i) sum += std::abs(plus_exp[i] * p_part - minus_exp[i] * q_part);
         variation += sum;
       });
       a = r * static_cast<float>(variation / 2) + eps;
@@ -81,18 +86,18 @@ void extrapolated(const float* plus, const float* minus, const float* anchor, fl
         to[i] = may ? weight * lc(c[i]) : -kInfinity;
       }
       if (capped) {
-        std::copy(change, change + n, changes + start);
+        std::copy(change, change + n, scratch + start);
         return;
       }
       for (int64_t i = 0; i < n; ++i) to[i] += change[i];
       total.add(to, n);
     });
     if (capped) {
-      const float s = within_budget(z, changes, width, cap);
+      const float s = within_budget(z, scratch, width, cap);
       coefficient[row] *= s;
       for_blocks(width, [&](int64_t start, int64_t n) {
         float* to = z + start;
-        for (int64_t i = 0; i < n; ++i) to[i] += s * changes[start + i];
+        for (int64_t i = 0; i < n; ++i) to[i] += s * scratch[start + i];
         total.add(to, n);
       });
     }

@@ -111,7 +111,9 @@ def fuse_match(
     kind: str, ridge: float, centre: float, steps: int = 32,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     given, count = rows_of(host, base, *experts), len(experts)
-    if given is None or not host.shape[1] or weights.dtype != torch.float32 or weights.shape != (len(host), count):
+    if given is None or not host.shape[1] or len(bounds) not in (1, count):
+        return NotImplemented
+    if weights.dtype != torch.float32 or weights.shape != (len(host), count):
         return NotImplemented
     fusion = _empty_fusion(given[0], count)
     limits = _floats([side for pair in bounds for side in pair] * (count // len(bounds)))

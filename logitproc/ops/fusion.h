@@ -88,6 +88,49 @@ struct Mixture {
   }
 };
 
+// d_t of each expert where all models allow a token, 0 elsewhere and at the host's first choice, and the moments of all
+// d under each model, renormalised there; models: the base and the experts.
+struct Shifts {
+  const std::vector<const float*>& models;
+  int64_t first;
+  JointMoments own;  // of the host
+  std::vector<JointMoments> moments;
+
+  // Writes ln w of the host to log_w [width] and the d_t to d [experts, width].
+  Shifts(const float* host, const std::vector<const float*>& models, int64_t width, float* log_w, float* d)
+      : models(models), first(std::max<int64_t>(0, first_choice(host, models, width))), own(models.size() - 1, true),
+        moments(models.size(), JointMoments(models.size() - 1, false)) {
+    const float top = host[first];
+    for_blocks(width, [&](int64_t start, int64_t n) {
+      float *w = log_w + start, x[kBlock];
+      std::copy(host + start, host + start + n, w);
+      for (const float* model : models) {
+        const float* y = model + start;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) w[i] = allowed(w[i]) && allowed(y[i]) ? w[i] : -kInfinity;
+      }
+      for (size_t t = 1; t < models.size(); ++t) {
+        const float *y = models[t] + start, *b = models[0] + start, reference = models[t][first] - models[0][first];
+        float* dt = d + (t - 1) * width + start;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) dt[i] = w[i] > -kInfinity ? (y[i] - b[i]) - reference : 0.0f;
+      }
+      for (size_t t = 0; t < models.size(); ++t) {
+        const float* y = models[t] + start;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) x[i] = w[i] > -kInfinity ? y[i] : -kInfinity;
+        moments[t].add(x, d + start, width, n);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) w[i] -= top;
+      own.add(w, d + start, width, n);
+    });
+  }
+
+  // ln of what a model gives the first choice
+  double log_q(size_t model) const { return models[model][first] - moments[model].log_z(); }
+};
+
 }  // namespace
 
 extern "C" {
@@ -150,62 +193,34 @@ void fuse_match(const float* host, const float* base, const float* const* expert
                 bool* dead, int64_t rows, int64_t width, int64_t count, bool shift, float ridge, float centre,
                 int64_t steps, int64_t threads) {
   for_rows(rows, width, threads, count * width, [=](int64_t row, float* d) {
-    const float *h = host + row * width, *b = base + row * width;
+    const float* h = host + row * width;
     float *z = out + row * width, *a = alpha + row * count;  // z: ln w of the host, until the fused scores are written
-    std::vector<const float*> all{b};
-    for (int64_t t = 0; t < count; ++t) all.push_back(experts[t] + row * width);
-    const float* const* e = all.data() + 1;
-    const int64_t first = std::max<int64_t>(0, first_choice(h, all, width));
-    JointMoments own(count, true), small(count, false);
-    std::vector<JointMoments> tuned(count, JointMoments(count, false));
-    for_blocks(width, [&](int64_t start, int64_t n) {
-      float host_here[kBlock], x[kBlock];  // -inf where any of them forbids a token
-      std::copy(h + start, h + start + n, host_here);
-      for (const float* y : all)
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) host_here[i] = allowed(y[start + i]) ? host_here[i] : -kInfinity;
-      const float top = h[first];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) z[start + i] = allowed(host_here[i]) ? host_here[i] - top : -kInfinity;
-      for (int64_t t = 0; t < count; ++t) {
-        const float *y = e[t] + start, *s = b + start, reference = e[t][first] - b[first];
-        float* to = d + t * width + start;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) to[i] = allowed(host_here[i]) ? (y[i] - s[i]) - reference : 0.0f;
-      }
-      const auto add = [&](JointMoments& m, const float* y) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) x[i] = allowed(host_here[i]) ? y[start + i] : -kInfinity;
-        m.add(x, d + start, width, n);
-      };
-      own.add(z + start, d + start, width, n);
-      add(small, b);
-      for (int64_t t = 0; t < count; ++t) add(tuned[t], e[t]);
-    });
+    std::vector<const float*> models{base + row * width};
+    for (int64_t t = 0; t < count; ++t) models.push_back(experts[t] + row * width);
+    const Shifts s(h, models, width, z, d);
     std::vector<double> goal(count);
+    bool* still = dead + row * count;
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t at = row * count + t;
-      // d is 0 at `first`, where ln q_t - ln q is then less than d by ln E_Q exp d.
-      const double ratio = (b[first] - small.log_z()) - (e[t][first] - tuned[t].log_z());
-      kl[at] = static_cast<float>(positive(tuned[t].mean(t) - ratio));
-      reverse_kl[at] = static_cast<float>(positive(ratio - small.mean(t)));
-      // true for NaN: a row without a common token
-      dead[at] = !(tuned[t].mean(t) - small.mean(t) >= kDead && own.covariance(t, t) > 0);
-      for (int64_t s = 0; s < count; ++s) goal[t] += weights[row * count + s] * tuned[s].mean(t);
-      if (shift) goal[t] += own.mean(t) - small.mean(t);
+      const double ratio = s.log_q(0) - s.log_q(1 + t);  // of the expert to the base, where d is 0
+      const double mean = s.moments[1 + t].mean(t), base_mean = s.moments[0].mean(t);
+      kl[row * count + t] = static_cast<float>(positive(mean - ratio));
+      reverse_kl[row * count + t] = static_cast<float>(positive(ratio - base_mean));
+      still[t] = !(mean - base_mean >= kDead && s.own.covariance(t, t) > 0);  // true for NaN: no common token
+      for (int64_t u = 0; u < count; ++u) goal[t] += weights[row * count + u] * s.moments[1 + u].mean(t);
+      if (shift) goal[t] += s.own.mean(t) - base_mean;
     }
     beyond[row] = false;
     std::fill(a, a + count, 0.0f);
-    if (!std::all_of(dead + row * count, dead + (row + 1) * count, [](bool is) { return is; })) {
-      const std::vector<float> found = Tilts{z, d, width, count}.match(own, goal, bounds, ridge, centre, steps);
-      for (int64_t t = 0; t < count; ++t) a[t] = dead[row * count + t] ? 0 : found[t];
+    if (!std::all_of(still, still + count, [](bool is) { return is; })) {
+      const auto found = Tilts{z, d, width, count}.match(s.own, goal, bounds, ridge, centre, steps);
+      for (int64_t t = 0; t < count; ++t) a[t] = still[t] ? 0 : found[t];
     }
     std::copy(h, h + width, z);
     for (int64_t t = 0; t < count; ++t) {
-      const float *y = e[t], *dt = d + t * width, slope = a[t];
+      const float *e = models[1 + t], *dt = d + t * width, slope = a[t];
       if (slope == 0) continue;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) z[i] = allowed(y[i]) ? z[i] + slope * dt[i] : -kInfinity;
+      for (int64_t i = 0; i < width; ++i) z[i] = allowed(e[i]) ? z[i] + slope * dt[i] : -kInfinity;
     }
   });
 }

@@ -213,7 +213,8 @@ struct Tilts {
   }
 
   // `tilt.match`; at_0 are the moments of P_0, bounds [count, 2]
-  std::vector<float> match(const JointMoments& at_0, const std::vector<double>& mean, const float* bounds, double ridge, float centre, int64_t steps) const {
+  std::vector<float> match(const JointMoments& at_0, const std::vector<double>& mean, const float* bounds, double ridge,
+                           float centre, int64_t steps) const {
     const auto within = [=](int64_t t, double a) {
       return std::min(std::max(static_cast<float>(a), bounds[2 * t]), bounds[2 * t + 1]);
     };

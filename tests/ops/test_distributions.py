@@ -97,8 +97,8 @@ def within_budget(scores: Tensor, others: Tensor) -> Tensor:
 CASES: dict[str, Any] = {
     "newton R": (3, functools.partial(newton, target="R")), "newton F": (3, functools.partial(newton, target="F")),
     "newton J": (3, newton), "grid": (3, grid),
-    "match": (3, match), "match of three": (5, match), "match of two, shift": (4, functools.partial(match, kind="shift")),
-    "match of four, centred": (6, functools.partial(match, centre=1.0)),
+    "match": (3, match), "match of three": (5, match), "match of four": (6, functools.partial(match, centre=1.0)),
+    "match shift": (4, functools.partial(match, kind="shift")),
     "mixture": (3, mixture), "mixture of two": (4, mixture), "log_likelihoods": (4, log_likelihoods),
     "teacher": (2, teacher()), "teacher of three": (3, teacher(r=2.0, tvd_units="code", clamp=(0.1, 1.5))),
     "teacher masked": (3, teacher(coefficient=1.5, plausibility=0.1)),
