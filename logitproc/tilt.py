@@ -20,7 +20,7 @@ from torch import Tensor
 Target = Literal["R", "F", "J"]
 HEADROOM = 40.0  # nats; exp(2 * 40) fits float32
 BLOCK = 1 << 17  # scores
-TRIALS = (1.0, 0.5, 0.25, 0.125, 0.03125, 0.00390625)  # the last ones are for peaked rows
+LAST = 0.03  # how long the last step of `match` may be
 
 
 class Family(NamedTuple):
@@ -155,9 +155,10 @@ def match(
 
     mean [rows, T] is the mean of d that P_a should have. Convex: the gradient is mu - mean + ridge (a - centre), the
     Hessian Sigma + ridge. Each pass over the scores gives all three at a trial. One where G is not above the least so
-    far by more than rounding is taken, and the next is Newton's step from there: without the coordinates that push
-    against their bound, and at most 1 long in any coordinate. Otherwise the next is a quarter of the step that failed.
-    A row is done with a step so short that the error left is a rounding error, or that G gains no more than that.
+    far by more than rounding is taken, and the next is Newton's step from there, without the coordinates that push
+    against their bound, as far as the next bound, at most 1 in any coordinate. Otherwise the next is a quarter of the
+    step that failed. A row is done with a step so short that the error left is rounding, or that gains no more than
+    that; the latter is not taken where it is long: G is flat there, as far as one can see.
     """
     double = family.d.dtype is torch.float64
     noise, near, flat = (1e-12, 1e-7, 1e-20) if double else (1e-5, 3e-4, 1e-8)
@@ -169,21 +170,32 @@ def match(
         value = log_z - (trial * mean).sum(-1) + ridge / 2 * (trial - centre).square().sum(-1)
         gradient = mu - mean + ridge * (trial - centre)
         frozen = ((trial <= low) & (gradient > 0)) | ((trial >= high) & (gradient < 0))
-        gradient, free = gradient.masked_fill(frozen, 0.0), (~frozen).to(mean.dtype)
-        variance = sigma.diagonal(dim1=1, dim2=2)
-        hessian = sigma * free[:, :, None] * free[:, None]
-        hessian = hessian + torch.diag_embed(1 - free + max(ridge, 1e-9) + noise * variance)  # regular, also rounded
-        newton = -torch.linalg.solve_ex(hessian, gradient[..., None])[0].squeeze(-1)
-        newton = newton / newton.abs().amax(-1, keepdim=True).clamp(min=1)
+        newton, gain = newton_step(gradient, sigma, ridge, noise, frozen)
+        length = newton.abs().amax(-1)
+        room = (torch.where(newton < 0, low, high) - trial) / newton
+        room = torch.where(room > 0, room, torch.inf).amin(-1)  # on a bound already: clamped
+        fraction = torch.minimum(room, 1 / length).clamp(max=1)
         taken = ~done & (value <= least + noise)
         best, least = torch.where(taken[:, None], trial, best), torch.where(taken, value, least)
-        step = torch.where(taken[:, None], newton, step / 4)
+        step = torch.where(taken[:, None], fraction[:, None] * newton, step / 4)
         trial = torch.where(done[:, None], trial, (best + step).clamp(low, high))
-        move = trial - best
-        done = done | (taken & ((move.abs().amax(-1) <= near) | (-(gradient * move).sum(-1) <= flat)))
+        done = done | (taken & ((length <= near) | (gain <= flat)))
+        trial = torch.where((done & ((trial - best).abs().amax(-1) > LAST))[:, None], best, trial)
         if done.device.type == "cpu" and bool(done.all()):
             break
     return torch.where(done[:, None], trial, best)
+
+
+def newton_step(
+    gradient: Tensor, covariance: Tensor, ridge: float, noise: float, frozen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(step of the coordinates that are not frozen [rows, T], twice what it gains in the quadratic model [rows])."""
+    gradient, free = gradient.masked_fill(frozen, 0.0), (~frozen).to(gradient.dtype)
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    hessian = covariance * free[:, :, None] * free[:, None]
+    hessian = hessian + torch.diag_embed(1 - free + max(ridge, 1e-9) + noise * variance)  # regular when rounded, too
+    step = -torch.linalg.solve_ex(hessian, gradient[..., None])[0].squeeze(-1)
+    return step, -(gradient * step).sum(-1)
 
 
 def joint_moments(family: Family, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

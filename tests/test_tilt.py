@@ -275,6 +275,54 @@ def test_match_recovers_the_alpha_of_a_tilt_also_in_float32():
     torch.testing.assert_close(matched(rough, mean.float(), ridge=0.0), aims.float(), rtol=0, atol=1e-4)
 
 
+def may_gain(f: tilt.Family, a: Tensor, mean: Tensor, ridge: float, low: float = 0.0, high: float = 2.0) -> Tensor:
+    """How far G, being convex, can at most lie above its minimum over the box, [rows]."""
+    mu = (probabilities(f, a).exp()[:, None] * f.d).sum(-1)
+    gradient = mu - mean + ridge * a
+    return torch.maximum(gradient * (a - low), gradient * (a - high)).sum(-1)
+
+
+def hard(kind: str, count: int) -> tilt.Family:
+    """Rows that a whole step of Newton's overshoots by far; d is 0 at the best token, as `fusion` has it."""
+    random = torch.Generator().manual_seed(3)
+    scores = 3 * torch.randn(64, 100, generator=random, dtype=torch.float64)
+    d = torch.randn(64, count, 100, generator=random, dtype=torch.float64)
+    if kind == "wide":
+        d *= 10
+    elif kind == "peaked":  # one token holds all but 1e-6
+        d *= 10
+        scores = scores.log_softmax(-1) + math.log(1e-6)
+        scores[:, 7] = 0.0
+    else:  # a token that all experts adore and the host hardly knows
+        d[:, :, 5] = 40 * torch.rand(64, count, generator=random, dtype=torch.float64)
+        scores[:, 5] = scores.amin(-1) - 10
+    return of(scores, d - d.gather(-1, scores.argmax(-1)[:, None, None].expand(-1, count, 1)))
+
+
+@pytest.mark.parametrize("count", (1, 2, 4))
+@pytest.mark.parametrize("kind", ("wide", "peaked", "outlier"))
+def test_match_reaches_the_minimum_of_hard_rows(kind, count):
+    f = hard(kind, count)
+    aims = 3 * torch.rand(64, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
+    mean = (probabilities(f, aims).exp()[:, None] * f.d).sum(-1)
+    for goal in (mean, f.mean + 1):
+        exact = matched(f, goal, steps=200)
+        assert may_gain(f, exact, goal, 1e-3).max() < 1e-6
+        rough = matched(tilt.Family(*(x.float() for x in f)), goal.float()).double()
+        for found in (matched(f, goal), rough):
+            above = objective(f, found, goal, 1e-3) - objective(f, exact, goal, 1e-3)
+            assert above.quantile(0.95) < 1e-7 and above.max() < (1e-5 if count < 4 else 1)
+
+
+def test_match_with_the_same_direction_twice():
+    for dtype in DTYPES:
+        f = family(8, 300, dtype=dtype)
+        mean = f.mean + 0.2
+        once = matched(f, mean, ridge=0.0)
+        twice = matched(f._replace(d=f.d.repeat(1, 2, 1), mean=f.mean.repeat(1, 2)), mean.repeat(1, 2), ridge=0.0)
+        torch.testing.assert_close(twice.sum(-1, keepdim=True), once, rtol=0, atol=1e-4)
+
+
 def test_the_ridge_pulls_towards_its_centre():
     f = family(4, 50, 2)
     mean = f.mean + 0.1

@@ -221,7 +221,7 @@ struct Tilts {
     std::vector<float> trial(count);
     for (int64_t t = 0; t < count; ++t) trial[t] = within(t, centre);
     std::vector<float> best = trial;
-    std::vector<double> step(count), gradient(count);
+    std::vector<double> step(count);
     double least = std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < steps; ++i) {
       const bool at_rest = std::all_of(trial.begin(), trial.end(), [](float a) { return a == 0; });
@@ -230,44 +230,50 @@ struct Tilts {
       for (int64_t t = 0; t < count; ++t)
         value += ridge / 2 * (trial[t] - centre) * (trial[t] - centre) - trial[t] * mean[t];
       const bool taken = value <= least + 1e-5;
+      bool done = false;
       if (taken) {
         best = trial;
         least = value;
-        std::vector<bool> frozen(count);
-        for (int64_t t = 0; t < count; ++t) {
-          const double g = m.mean(t) - mean[t] + ridge * (trial[t] - centre);
-          frozen[t] = (trial[t] <= bounds[2 * t] && g > 0) || (trial[t] >= bounds[2 * t + 1] && g < 0);
-          gradient[t] = frozen[t] ? 0 : g;
-        }
-        step = newton(m, gradient, frozen, ridge);
+        done = newton(m, mean, best, bounds, ridge, centre, step);
       } else {
         for (double& s : step) s /= 4;
       }
-      double longest = 0, gain = 0;
+      float longest = 0;
       for (int64_t t = 0; t < count; ++t) {
         trial[t] = within(t, best[t] + step[t]);
-        const double move = static_cast<double>(trial[t]) - best[t];
-        longest = std::max(longest, std::abs(move));
-        gain -= gradient[t] * move;
+        longest = std::max(longest, std::abs(trial[t] - best[t]));
       }
-      if (taken && (longest <= 3e-4 || gain <= 1e-8)) return trial;
+      if (done) return longest <= 0.03f ? trial : best;
     }
     return best;
   }
 
-  // -(Hessian)^-1 gradient over the coordinates that are not frozen, at most 1 long in any
-  std::vector<double> newton(const JointMoments& m, const std::vector<double>& gradient,
-                             const std::vector<bool>& frozen, double ridge) const {
-    std::vector<double> hessian(count * count);
+  // Newton's step from a, as far as it may go; whether it is the last.
+  bool newton(const JointMoments& m, const std::vector<double>& mean, const std::vector<float>& a, const float* bounds,
+              double ridge, float centre, std::vector<double>& step) const {
+    std::vector<double> gradient(count), hessian(count * count);
+    std::vector<bool> frozen(count);
+    for (int64_t t = 0; t < count; ++t) {
+      const double g = m.mean(t) - mean[t] + ridge * (a[t] - centre);
+      frozen[t] = (a[t] <= bounds[2 * t] && g > 0) || (a[t] >= bounds[2 * t + 1] && g < 0);
+      gradient[t] = frozen[t] ? 0 : g;
+    }
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t u = 0; u < count; ++u) hessian[t * count + u] = frozen[t] || frozen[u] ? 0 : m.covariance(t, u);
       hessian[t * count + t] += (frozen[t] ? 1 : 0) + std::max(ridge, 1e-9) + 1e-5 * m.covariance(t, t);
     }
-    std::vector<double> step = solution(hessian, gradient);
-    double longest = 1;
-    for (const double s : step) longest = std::max(longest, std::abs(s));
-    for (double& s : step) s /= -longest;
-    return step;
+    step = solution(hessian, gradient);
+    double gain = 0, length = 0, fraction = 1;
+    for (int64_t t = 0; t < count; ++t) {
+      gain += gradient[t] * step[t];
+      length = std::max(length, std::abs(step[t]));
+      step[t] = -step[t];
+      const double room = (bounds[2 * t + (step[t] < 0 ? 0 : 1)] - a[t]) / step[t];
+      if (room > 0) fraction = std::min(fraction, room);
+    }
+    fraction = std::min(fraction, 1 / length);
+    for (double& s : step) s *= fraction;
+    return length <= 3e-4 || gain <= 1e-8;
   }
 };
 

@@ -222,6 +222,26 @@ def test_bounds_are_reached_exactly_and_said(backend):
     assert (alpha == 1.5).all() and not beyond.any()
 
 
+def test_hard_rows_are_matched_as_well_as_in_plain_torch(backend):
+    host, base, *experts = rows(32, 300, 4)
+    host[:, 7] += 20  # holds nearly all
+    experts = [base + 8 * (expert - base) for expert in experts]
+    experts[0][:, 5] += 30
+    host, base, *experts = (x.to(backend.device) for x in (host, base, *experts))
+    d = torch.stack([expert - base for expert in experts], 1).double()
+    aim = torch.stack([expert.double().softmax(-1) for expert in experts]).mean(0)
+
+    def loss(alpha: Tensor) -> Tensor:
+        fused = host + (alpha.double()[:, :, None] * d).sum(1)
+        return (aim * (aim.log() - fused.log_softmax(-1))).sum(-1) + 1e-3 / 2 * alpha.square().sum(-1)
+
+    fast = fusion.fuse(host, base, experts, "match").alpha
+    with ops.backend("reference"):
+        plain = fusion.fuse(host, base, experts, "match").alpha
+    assert (loss(fast) - loss(plain)).abs().max() < 1e-5
+    assert (loss(fast) < loss(torch.zeros_like(fast))).all()
+
+
 def test_small_divergences_keep_their_digits(backend):
     base = rows(1, 5000, 2)[0].to(backend.device)
     for size in (1e-1, 1e-3, 1e-5):
