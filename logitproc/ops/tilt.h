@@ -191,6 +191,8 @@ inline std::vector<double> solution(std::vector<double> a, std::vector<double> b
   return b;
 }
 
+constexpr double kNoise = 1e-5, kNear = 3e-4, kFlat = 1e-8, kLast = 0.03;  // of `tilt.match` in float32
+
 // P_a ~ exp(log_w + a . d), a row of `tilt.Family`; the directions are `width` apart.
 struct Tilts {
   const float *log_w, *d;
@@ -229,7 +231,7 @@ struct Tilts {
       double value = m.log_z();
       for (int64_t t = 0; t < count; ++t)
         value += ridge / 2 * (trial[t] - centre) * (trial[t] - centre) - trial[t] * mean[t];
-      const bool taken = value <= least + 1e-5;
+      const bool taken = value <= least + kNoise;
       bool done = false;
       if (taken) {
         best = trial;
@@ -243,7 +245,7 @@ struct Tilts {
         trial[t] = within(t, best[t] + step[t]);
         longest = std::max(longest, std::abs(trial[t] - best[t]));
       }
-      if (done) return longest <= 0.03f ? trial : best;
+      if (done) return longest <= kLast ? trial : best;
     }
     return best;
   }
@@ -260,7 +262,7 @@ struct Tilts {
     }
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t u = 0; u < count; ++u) hessian[t * count + u] = frozen[t] || frozen[u] ? 0 : m.covariance(t, u);
-      hessian[t * count + t] += (frozen[t] ? 1 : 0) + std::max(ridge, 1e-9) + 1e-5 * m.covariance(t, t);
+      hessian[t * count + t] += (frozen[t] ? 1 : 0) + std::max(ridge, 1e-9) + kNoise * m.covariance(t, t);
     }
     step = solution(hessian, gradient);
     double gain = 0, length = 0, fraction = 1;
@@ -273,7 +275,7 @@ struct Tilts {
     }
     fraction = std::min(fraction, 1 / length);
     for (double& s : step) s *= fraction;
-    return length <= 3e-4 || gain <= 1e-8;
+    return length <= kNear || gain <= kFlat;
   }
 };
 

@@ -39,7 +39,10 @@ def test_spread_is_that_of_plain_torch_bit_for_bit(device, shape, codes, width, 
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("rows, codes, tokens, width", [(0, 2, 3, 3), (1, 1, 1, 1), (5, 3, 7, 9), (3, 400, 7919, 8000)])
+@pytest.mark.parametrize(
+    "rows, codes, tokens, width",
+    [(0, 2, 3, 3), (1, 1, 1, 1), (5, 3, 7, 9), (3, 400, 7919, 8000), (1, 1024, 151_936, 151_936)],
+)
 def test_shared_logits_are_as_close_to_float64_as_plain_torch(rows, codes, tokens, width):
     random = torch.Generator().manual_seed(0)
     scores = 5 * torch.randn(rows, width, generator=random)
@@ -58,6 +61,17 @@ def test_shared_logits_are_as_close_to_float64_as_plain_torch(rows, codes, token
             assert error(found) <= error(plain) + 1e-5
             for i in range(rows):
                 assert torch.equal(found[i], cpu.share_logits(given[i : i + 1], *arguments)[0])
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+def test_a_token_that_has_its_code_to_itself_keeps_its_score_bit_for_bit():
+    random = torch.Generator().manual_seed(0)
+    scores, weights = 30 * torch.randn(2, 6000, generator=random), torch.rand(6000, generator=random) + 1e-3
+    scores[:, 3000:] = -torch.inf  # these share the codes of the first 3000
+    mapping = torch.arange(3000, dtype=torch.int32).repeat(2)
+    assert torch.equal(cpu.share_logits(scores, mapping, weights, 3000), scores)
+    scores[:, 3000:], weights[3000:] = 5.0, 0.0
+    assert torch.equal(cpu.share_logits(scores, mapping, weights, 3000)[:, :3000], scores[:, :3000])
 
 
 @pytest.mark.gpu
