@@ -3,6 +3,7 @@
     python eval/fusion.py report --data DATA --out runs/fusion
     python eval/fusion.py report --data DATA --out runs/fusion --host STRONG --small WEAK
     python eval/fusion.py seeds --data DATA --out runs/fusion       what one expert more or less changes
+    python eval/fusion.py sampled --data DATA --out runs/fusion     where the mixture should learn from when text is its own
 
 `experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is
 as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
@@ -28,11 +29,15 @@ Fixed before the first run:
   - It must beat the expert alone, the dev-tuned static weight and `grid` on at least half of the tasks, and never
     fall below the host; with several experts it must beat `select` on the mean over tasks. Otherwise the report
     says so.
+  - `sampled`: test documents go on from a short or longer beginning. The source of evidence is right whose text has the
+    least KL from the host fine-tuned on the task, if the 95 % interval of the difference, over documents, is on one side
+    of 0 in more of the cells than on the other.
 """
 
 import argparse
 import csv
 import gc
+import itertools
 import json
 import math
 import random
@@ -57,6 +62,7 @@ FEWER_DOCUMENTS = 40  # of dev and of test, but where an expert meets its own ta
 RATES = {"small": 1e-3, "host": 5e-4}
 EPOCHS, BATCH, LONGEST = 2, 64, 96
 SCORED = 16  # documents at once
+SOURCES, PROMPTS, NEW = ("all", "prompt", "none"), (4, 12), 24  # of evidence; tokens of prompts and of what follows
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 STATIC_FUSIONS: dict[str, Any] = {"mode": "mixture", "alpha": (0.5, 1.0, 1.5), "beta": 0.0}
 
@@ -272,6 +278,38 @@ class Study:
             result["alpha"][arm] = {"mean": np.mean(found, 0).tolist(), "sd": np.std(found, 0).tolist()}
         return result
 
+    @torch.no_grad()
+    def sampled(self, setting: str, name: str, length: int) -> dict[str, dict[str, list[float]]]:
+        """KL from the fine-tuned host and tokens of each document that is continued after `length` tokens.
+
+        KL(q || p) of the distributions before each token sampled, summed over the tokens up to the end of the text.
+        """
+        companion = lambda path: lp.Companion(self.load(path), pad_token_id=self.tokenizer.eos_token_id)
+        host, base = self.load(self.sources["host"]), companion(self.sources["small"])
+        names = experts_of(setting, name, tuple(self.tasks))
+        experts = [companion(self.model("small", task, 0)) for task in names]
+        ceiling, eos = self.load(self.model("host", name, 0)), self.tokenizer.eos_token_id
+        fusion: Any = lp.get("fusion")
+        chains = {source: lp.Chain([fusion(experts, base, evidence_from=source)]) for source in SOURCES}
+        task = self.tasks[name]
+        ids = [encode(self.tokenizer, task, document)[0] for document in task.test]
+        prompts = torch.tensor([row[: length + 1] for row in ids if len(row) > length + 2])  # BOS comes on top
+        found = {}
+        for arm, chain in {"host": lp.Chain(), **chains}.items():
+            lp.generation.seed_everything(0)
+            done: Any = lp.generate(
+                host, chain, input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
+                max_new_tokens=NEW, eos_token_id=eos, pad_token_id=eos, output_scores=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            log_q = torch.stack(done.scores, 1).log_softmax(-1)
+            log_p = ceiling(done.sequences).logits[:, length:-1].log_softmax(-1)
+            new = done.sequences[:, length + 1 :]
+            inside = (new == eos).long().cumsum(1) - (new == eos).long() == 0  # up to the first EOS
+            kl = (log_q.exp() * (log_q - log_p)).sum(-1).double()
+            found[arm] = {"kl": (kl * inside).sum(1).tolist(), "tokens": inside.sum(1).tolist()}
+        return found
+
     def _batches(self, part: str, name: str, most: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, list]]:
         """(ids, mask, [(row, label tokens, label, where)]) of documents of like length."""
         task = self.tasks[name]
@@ -458,6 +496,26 @@ def judge_seeds(study: Study, seeds: tuple[int, ...]) -> str:
     return "\n".join(out) + "\n"
 
 
+def judge_sampled(study: Study) -> str:
+    """What text that is sampled from a mixture loses by where its weights learn, as a table."""
+    out = ["| KL from the fine-tuned host, nats a token | experts | prompt | host alone | all | prompt | none "
+           "| prompt - all | none - all |", "|---" * 9 + "|"]  # fmt: skip
+    for task in study.tasks:
+        for setting, length in itertools.product(("single", "wrong", "several"), PROMPTS):
+            clock, cell = time.time(), study.sampled(setting, task, length)
+            draws = np.random.default_rng(0).integers(0, len(cell["all"]["kl"]), (2000, len(cell["all"]["kl"])))
+            sums = {arm: [np.array(found[key]) for key in ("kl", "tokens")] for arm, found in cell.items()}
+            of = lambda arm, rows, sums=sums: sums[arm][0][rows].sum(-1) / sums[arm][1][rows].sum(-1)
+            every = slice(None)
+            row = [task, setting, str(length), *(f"{of(arm, every):.3f}" for arm in ("host", *SOURCES))]
+            for arm in SOURCES[1:]:
+                low, high = np.percentile(of(arm, draws) - of("all", draws), [2.5, 97.5])
+                row.append(_interval([of(arm, every) - of("all", every), low, high]))
+            out.append(f"| {' | '.join(row)} |")
+            print(f"{out[-1]}  {time.time() - clock:.0f} s", file=sys.stderr, flush=True)
+    return "\n".join(out) + "\n"
+
+
 TITLES = {"single": "One expert", "wrong": "One expert, of another task", "several": "All experts, the task unknown",
           "unseen": "All experts but its own"}  # fmt: skip
 
@@ -555,7 +613,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("experts", "ceilings", "report", "seeds"))
+    parser.add_argument("stage", choices=("experts", "ceilings", "report", "seeds", "sampled"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--host", default="base")
@@ -576,10 +634,10 @@ def main() -> None:
     elif args.stage == "ceilings":
         for task in (*study.tasks, *(["all"] if args.multi_task else [])):
             study.model("host", task, 0)
-    elif args.stage == "seeds":
-        text = judge_seeds(study, seeds)
+    elif args.stage in ("seeds", "sampled"):
+        text = judge_seeds(study, seeds) if args.stage == "seeds" else judge_sampled(study)
         print(text)
-        write_text(study.out / "seeds.md", text)
+        write_text(study.out / f"{args.stage}.md", text)
     else:
         elsewhere = {setting: SEEDS[: args.seeds_elsewhere] for setting in SETTINGS if setting != "single"}
         result = judge_all(study, {"single": seeds, **elsewhere})

@@ -6,7 +6,8 @@
 
 The host is the bundled `base`. A costlier host with the very distribution of `base` has more layers whose output
 is 0: real acceptance at an honest cost. The prompts are the first four words of headlines that trained no expert
-(FILE holds one a line; every tenth was left out). What is tuned is tuned on `--part dev`, figures are of `--part test`.
+(FILE holds one a line; every tenth was left out). What is tuned is tuned on `--part dev`, figures are of `--part test`
+and, when that had been used up, of `--part fresh`.
 One thread, batch 1; every arm writes as many tokens as plain fusion until the end of the text, at most `--tokens`.
 Times are CPU time of the process, which others on the machine disturb less; arms take turns prompt by prompt.
 A ratio is that of tokens a second over all prompts, with a 95 % bootstrap interval over prompts, and the median.
@@ -35,15 +36,16 @@ import numpy as np
 PLAIN_MARGIN = 1.05
 FASTER_FROM = 4.0
 DRAFTS = (2, 4, None)  # None: adapts
-WORDS, PART = 4, 60  # of a prompt; prompts of a part
+WORDS, PART, FRESH = 4, 60, 600  # of a prompt; prompts of dev and of test; of the part that is drawn from the rest
 
 
 def openings(headlines: Path, part: str) -> list[str]:
     """The first words of headlines that `examples/fine_tune_pocket.py` left out, drawn once."""
     lines = headlines.read_text(encoding="utf-8").splitlines()[5::10]
     drawn = random.Random(0).sample(lines, 2 * PART)
-    chosen = drawn[:PART] if part == "dev" else drawn[PART:]
-    return [" ".join(line.split()[:WORDS]) for line in chosen]
+    rest = [line for line in lines if line not in drawn]
+    parts = {"dev": drawn[:PART], "test": drawn[PART:], "fresh": random.Random(0).sample(rest, min(FRESH, len(rest)))}
+    return [" ".join(line.split()[:WORDS]) for line in parts[part]]
 
 
 def costlier(model: Any, layers: int) -> Any:
@@ -281,7 +283,7 @@ def main() -> None:
     parser.add_argument("--base", default="mini", help="the small base model")
     parser.add_argument("--modes", nargs="+", default=["mixture", "newton"])
     parser.add_argument("--headlines", type=Path, help="style/headlines.txt of the study data")
-    parser.add_argument("--part", choices=("dev", "test"), default="test")
+    parser.add_argument("--part", choices=("dev", "test", "fresh"), default="test")
     parser.add_argument("--layers", nargs="+", type=int, default=[12, 24, 48], help="of the host")
     parser.add_argument("--prompts", type=int, default=PART, help="so many of the part")
     parser.add_argument("--skip", type=int, default=0, help="so many before them")
