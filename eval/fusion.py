@@ -53,6 +53,7 @@ import torch
 import logitproc as lp
 from logitproc import cli, metrics
 from logitproc.artifact import write_text
+from logitproc.generation import seed_everything
 from logitproc.methods.fusion import fuse
 from logitproc.scoring import process_positions
 
@@ -296,7 +297,7 @@ class Study:
         prompts = torch.tensor([row[: length + 1] for row in ids if len(row) > length + 2])  # BOS comes on top
         found = {}
         for arm, chain in {"host": lp.Chain(), **chains}.items():
-            lp.generation.seed_everything(0)
+            seed_everything(0)
             done: Any = lp.generate(
                 host, chain, input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
                 max_new_tokens=NEW, eos_token_id=eos, pad_token_id=eos, output_scores=True,

@@ -287,8 +287,8 @@ class BoundChain(LogitsProcessor):
         }
 
 
-def asks(heard: Mapping[int, Tensor], rows: tuple[Tensor, Tensor], width: int) -> Ask:
-    """Answers from what companions, by id, have said at all positions [B, K, V]: b and k of each row.
+def asks(heard: Mapping[int, Tensor], rows: tuple[Any, Any], width: int) -> Ask:
+    """Answers from what companions, by id, have said at all positions [B, K, V]: indices b and k of the rows.
 
     A processor with a companion that was not heard asks for itself.
     """

@@ -52,7 +52,7 @@ def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, to
         for scores, counts in kinds:
             evidence = processor.evidence(ids, scores, *seen.companion_scores)
             if evidence is not None:
-                found.append((evidence.unflatten(0, tokens.shape), counts))
+                found.append((evidence.view(*tokens.shape, -1), counts))
         for k in range(count):
             for evidence, counts in found:
                 total = torch.where(counts[:, k, None], processor.accumulate(total, evidence[:, k]), total)

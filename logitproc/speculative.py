@@ -156,7 +156,7 @@ class Decoder:
         first, scores, positions = text.shape[1] - count + 1, raw[0], None
         for processor in processors:
             if processor is self.bound:
-                ask = asks(heard, (torch.zeros_like(at), at), width)
+                ask = asks(heard, (0, slice(None)), width)
                 generated = (first - self.bound.prompt + at)[None]
                 history = self.bound.hide(text)
                 positions = self.bound.chain.apply_positions(history, scores[None], generated, ask, evidence)
@@ -206,7 +206,7 @@ class Decoder:
 
 def sureness(p: Tensor) -> list[int]:
     """Which quarter the largest probability of each row [rows, V] is in, 0 to 3."""
-    return (4 * p.amax(-1)).long().clamp(max=len(_CHANCES) - 1).tolist()
+    return [min(int(4 * most), len(_CHANCES) - 1) for most in p.amax(-1).tolist()]
 
 
 def accept(drafted: Tensor, drawn_from: Tensor, scores: Tensor, sampled: bool) -> tuple[int, Tensor]:
