@@ -3,7 +3,7 @@
     python eval/fusion.py report --data DATA --out runs/fusion
     python eval/fusion.py report --data DATA --out runs/fusion --host STRONG --small WEAK
     python eval/fusion.py seeds --data DATA --out runs/fusion       what one expert more or less changes
-    python eval/fusion.py sampled --data DATA --out runs/fusion     where the mixture should learn from when text is its own
+    python eval/fusion.py sampled --data DATA --out runs/fusion     where to learn from when text is its own
 
 `experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is
 as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
@@ -29,9 +29,9 @@ Fixed before the first run:
   - It must beat the expert alone, the dev-tuned static weight and `grid` on at least half of the tasks, and never
     fall below the host; with several experts it must beat `select` on the mean over tasks. Otherwise the report
     says so.
-  - `sampled`: test documents go on from a short or longer beginning. The source of evidence is right whose text has the
-    least KL from the host fine-tuned on the task, if the 95 % interval of the difference, over documents, is on one side
-    of 0 in more of the cells than on the other.
+  - `sampled`: test documents go on from a short or longer beginning. The source of evidence is right whose text has
+    the least KL from the host fine-tuned on the task, if the 95 % interval of the difference, over documents, is on
+    one side of 0 in more of the cells than on the other.
 """
 
 import argparse
