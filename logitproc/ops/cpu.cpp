@@ -6,6 +6,7 @@
 #include "history.h"
 #include "planes.h"
 #include "rows.h"
+#include "spread.h"
 #include "tilt.h"
 #include "vq.h"
 

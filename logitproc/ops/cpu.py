@@ -258,6 +258,17 @@ def share_logits(scores: Tensor, mapping: Tensor, weights: Tensor, codes: int, b
     return out
 
 
+def spread(scores: Tensor, mapping: Tensor, bias: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    if scores.dtype is torch.float16 or mapping.dtype != torch.int32 or not scores.numel():
+        return NotImplemented
+    (books, width), codes = mapping.shape, scores.shape[-1]
+    out = scores.new_empty(*scores.shape[:-1], width)
+    given, *more = (None if x is None else x.float().contiguous() for x in (scores, bias, extra))
+    call("spread", given, mapping.contiguous(), *more, out, scores.numel() // codes, books, codes, width,
+         out.dtype is torch.bfloat16)  # fmt: skip
+    return out
+
+
 def plane_scores(
     t: Tensor, whole: Tensor, plane: Tensor, codes: Tensor, units: Tensor, factor: int, rows: Tensor | None = None
 ) -> Tensor:

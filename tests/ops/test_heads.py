@@ -39,6 +39,36 @@ def test_spread_is_that_of_plain_torch_bit_for_bit(device, shape, codes, width, 
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, codes, width, threads", [((1,), 1, 1, 1), ((2, 3), 7, 5021, 1), ((3,), 99, 40_001, 3)])
+def test_spread_in_cpp_is_that_of_plain_torch_bit_for_bit(shape, codes, width, threads, dtype):
+    random = torch.Generator().manual_seed(0)
+    scores = 5 * torch.randn(*shape, codes, generator=random).to(dtype)
+    scores[..., 0] = torch.nan
+    extra = torch.randn(*shape, width, generator=random).to(dtype)
+    bias = torch.randn(width, generator=random)
+    bias[-1] = -torch.inf
+    mapping = torch.randint(0, codes, (2, width), generator=random, dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for given in ((mapping[:1], None, None), (mapping[:1], bias, None), (mapping, bias, extra), (mapping, None)):
+            with ops.backend("reference"):
+                plain = spread(scores, *given)
+            found = spread(scores, *given)
+            assert found.dtype is dtype and found.shape == plain.shape
+            torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+def test_a_code_that_there_is_not_is_read_from_nowhere():
+    found = cpu.spread(torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 2, -1, 0]], dtype=torch.int32))
+    assert found.isnan().tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     "rows, codes, tokens, width",
     [(0, 2, 3, 3), (1, 1, 1, 1), (5, 3, 7, 9), (3, 400, 7919, 8000), (1, 1024, 151_936, 151_936)],
