@@ -150,12 +150,19 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 
 def check_new(path: str | Path, force: bool = False) -> None:
-    """Raise FileExistsError when `path` exists, unless `force` is on and logitproc wrote what is there."""
+    """Raise OSError when a folder `path` cannot be made: FileExistsError when it exists, unless `force` is on and
+    logitproc wrote what is there.
+    """
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; choose another folder or pass --force to replace it.")
     if path.exists() and not _replaceable(path):
         raise FileExistsError(f"{path} exists and holds nothing that logitproc wrote; it is not replaced.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {above} takes no new folder ({error.strerror}).") from None
 
 
 def _replaceable(path: Path) -> bool:

@@ -798,8 +798,8 @@ def fit_vq(
 
     for folder in filter(None, (out, converted)):
         check_new(folder, force)
-    tokenizer = AutoTokenizer.from_pretrained(source)
     loaded = load_model(source, dtype, choose_device(device), None)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     head = VQHead.fit(
         loaded, calibration, codes=codes, kind=kind, refine=refine, screened=screened, seed=seed, tokenizer=tokenizer,
         tokens=tokens, report=_show_stage,

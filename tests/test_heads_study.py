@@ -17,7 +17,7 @@ def study():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.ADVERSARIAL, module.PROMPTS = 60, 2
-    module._FLUSH = 1
+    module._FLUSH = 8
     return module
 
 

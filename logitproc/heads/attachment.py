@@ -38,6 +38,21 @@ def mounted(model: Any, module: Any) -> Iterator[Any]:
         _put(model, old)
 
 
+def own_head(model: Any) -> nn.Linear:
+    """The output layer of a model, or a linear layer itself, after every check of what heads are made from."""
+    own = model if isinstance(model, nn.Linear) else model.get_output_embeddings()
+    if isinstance(own, Head):
+        raise ValueError(
+            f"This model has a head of kind {own.kind!r} in place of its own; take the original model, or "
+            "lp.detach(model) first."
+        )
+    if not isinstance(own, nn.Linear):
+        raise ValueError(f"Heads stand for a linear output layer; this model has {type(own).__name__}.")
+    if not all(torch.isfinite(parameter).all() for parameter in own.parameters()):
+        raise ValueError("The head of this model holds NaN or infinite weights; load an intact checkpoint.")
+    return own
+
+
 class _Probe(nn.Module):
     """A head that says the same of every state: numbers from -50 to 50."""
 
@@ -104,9 +119,7 @@ def check(model: Any, head: Head) -> None:
         raise ValueError("A head is attached to this model; lp.detach(model) first.")
     if getattr(model.config, "logitproc_head", None) is not None:
         raise ValueError("This model was converted already; convert the original model instead.")
-    own = model.get_output_embeddings()
-    if not isinstance(own, nn.Linear):
-        raise ValueError(f"Only a linear output layer can be replaced; this model has {type(own).__name__}.")
+    own = own_head(model)
     if (head.in_features, head.out_features) != (own.in_features, own.out_features):
         raise ValueError(
             f"This head maps {head.in_features} features to {head.out_features} tokens, the model's maps "

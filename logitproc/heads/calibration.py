@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..artifact import describe_tokenizer
 from ..corpus import documents
-from .attachment import mounted, softcap_of
+from .attachment import mounted, own_head, softcap_of
 from .clustering import Progress, Report
 from .floors import tie_floor, tie_floor_min
 from .head import fingerprint, softcapped
@@ -64,7 +64,8 @@ class Calibration:
         Raises ValueError when the text has less than one piece, the head has NaN or infinite weights, or the
         model changes its logits after the head otherwise than by soft-capping them.
         """
-        weight, bias = _linear(model)
+        own = own_head(model)
+        weight, bias = own.weight.detach(), None if own.bias is None else own.bias.detach()
         softcap = softcap_of(model)
         if tokenizer is None:
             from transformers import AutoTokenizer
@@ -239,16 +240,6 @@ class _Capture(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen = hidden.detach().flatten(0, -2)
         return hidden[..., :1]
-
-
-def _linear(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the model's own head, after every check of what a fit assumes."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"A head is fitted to a linear output layer; this model has {type(head).__name__}.")
-    if not torch.isfinite(head.weight).all() or head.bias is not None and not torch.isfinite(head.bias).all():
-        raise ValueError("The head of this model holds NaN or infinite weights; load an intact checkpoint.")
-    return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
 
 def _pieces(texts: Iterable[str], tokenizer: Any, context: int, limit: int) -> Iterator[list[int]]:

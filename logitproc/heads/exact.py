@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import one_of
-from .attachment import softcap_of
+from .attachment import own_head, softcap_of
 from .head import DenseHead, Head, fingerprint, name_of, softcapped
 from .planes import Planes, States, round_states, rounding, scores
 
@@ -114,11 +114,7 @@ class ExactHead(Head):
         """
         one_of("kind", kind, ("exact_int8", "exact_nested"))
         one_of("mode", mode, MODES)
-        own = model if isinstance(model, nn.Linear) else model.get_output_embeddings()
-        if not torch.isfinite(own.weight).all():
-            raise ValueError(
-                "The head of this model holds NaN or infinite weights; load an intact checkpoint."
-            )
+        own = own_head(model)
         if not 1 <= m <= min(MOST, own.out_features):
             raise ValueError(f"m must be between 1 and {min(MOST, own.out_features)}, got {m}.")
         if softcap is None and own is not model:

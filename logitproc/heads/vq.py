@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..ops.dispatch import op
 from ..registry import unknown
+from .attachment import own_head
 from .calibration import Calibration, Floors, Statistics, codes_sum
 from .clustering import Progress, Report, kmeans, means
 from .evaluation import evaluate
@@ -74,10 +75,16 @@ class VQHead(FittedHead):
         self.projection = nn.Parameter(zeros(rank, in_features, dtype=dtype)) if rank else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        scores, extra = nn.functional.linear(hidden, self.codes), None
+        scores, extra = self._products(hidden), None
         if self.rows is not None and self.projection is not None:
             extra = nn.functional.linear(nn.functional.linear(hidden, self.projection), self.rows)
         return spread(scores, self.mapping, self.bias, extra)
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """c_k . h, [..., K]; of one state on a CPU by `mv`, which is faster than `linear`."""
+        if hidden.numel() == self.in_features and hidden.device.type == "cpu":
+            return torch.mv(self.codes, hidden.flatten()).reshape(*hidden.shape[:-1], -1)
+        return nn.functional.linear(hidden, self.codes)
 
     def _row_bytes(self) -> int:
         return super()._row_bytes() + 4 * len(self.codes)
@@ -123,7 +130,7 @@ class VQHead(FittedHead):
         """c_k . h, [..., K], of a head with one code a token."""
         if len(self.mapping) > 1 or self.rows is not None:
             raise ValueError(f"{self.kind!r} has more than one code a token: its logits take `forward`.")
-        scores = nn.functional.linear(hidden, self.codes)
+        scores = self._products(hidden)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def _bias(self) -> Tensor:
@@ -178,7 +185,7 @@ class VQHead(FittedHead):
         with fewer tokens than codes or for another model, and what `Calibration.collect` refuses; LookupError for
         an unknown kind or option.
         """
-        weight = model.get_output_embeddings().weight
+        weight = own_head(model).weight
         solve = _check(weight, codes, kind, refine, screened, options)
         if not isinstance(calibration, Calibration):
             calibration = Calibration.collect(model, calibration, tokenizer, tokens=tokens, report=report)
