@@ -223,6 +223,13 @@ def test_a_failed_swap_puts_the_old_folder_back(toy, tmp_path, monkeypatch):
     assert Toy.load(tmp_path / "a").scalars == toy.scalars
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_work_starts(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file takes no new folder"), new_folder(tmp_path / "file/below/new"):
+        raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_existing_folder_is_refused_before_any_work_and_replaced_by_force(toy, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "artifact.json").write_text("stale")

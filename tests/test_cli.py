@@ -726,9 +726,9 @@ def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refuse
         assert "more than the model's own" in printed
         assert run(*preview)[:2] == (0, plain)
     for given, words in (
-        ([*arguments, "--refine", width + 1], f"refine must be between 0, for none, and the {width} tokens"),
+        ([*arguments, "--refine", width + 1], f"refine must be at most {width}, the number of tokens"),
         ([*arguments, "--screened", 8], "screened takes directions in place of codes"),
-        ([*screened, "--screened", 999], "screened must be between 0, for none, and the 16 features"),
+        ([*screened, "--screened", 999], "screened must be at most 16, the number of features"),
         ([*screened, "--screened", 0], "codes is missing: how many the head has"),
         ([*arguments, "--codes", 9000], "9000 codes are more than the"),
         ([*arguments, "--codes", 0], "codes must be a whole number of at least 1, got 0"),
@@ -736,6 +736,8 @@ def test_fit_vq_reports_what_a_head_costs_and_saves_it_and_the_model(run, refuse
     ):
         assert words in refused(*given, "--out", tmp_path / "x"), words
     assert "exists" in refused(*arguments, "--out", out)
+    assert "this model has a head" in refused(*arguments, "--out", tmp_path / "x", "--model", converted).lower()
+    assert "cannot be written" in refused(*arguments, "--out", text / "x")
     text.write_text("Too short.")
     assert "calibration text is too short" in refused(*screened, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -10,6 +10,8 @@ whatever the codes are: the second term, the tie floor, depends on the mapping a
 import torch
 from torch import Tensor
 
+from ..checks import whole
+
 
 def tie_floor(p: Tensor, mapping: Tensor) -> float:
     """E[ln n(v)] nats: p [V] sums to 1 (shares of tokens in a text), mapping [V] int holds the code of each."""
@@ -41,7 +43,6 @@ def tie_floor_min(p: Tensor, codes: int) -> float:
 
 def check_codes(codes: int, tokens: int) -> None:
     """Raise ValueError unless a codebook of so many codes makes sense."""
-    if not isinstance(codes, int) or isinstance(codes, bool) or codes < 1:
-        raise ValueError(f"codes must be a whole number of at least 1, got {codes!r}.")
+    whole("codes", codes, 1)
     if codes > tokens:
         raise ValueError(f"{codes} codes are more than the {tokens} tokens of the vocabulary; take fewer.")

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..checks import in_range, whole
 from ..ops.dispatch import op
 from ..registry import unknown
 from .attachment import own_head
@@ -298,11 +299,15 @@ def _check(
     for key in options:
         if key not in solve.options:
             raise unknown(f"option of {kind!r}", key, solve.options)
+    in_range("singletons", options.get("singletons", 0), 0, 1)
+    whole("epochs", options.get("epochs", 0), 0)
     for name, given, most, of in (
         ("refine", refine, width, "tokens of the vocabulary"), ("screened", screened, d, "features of a hidden state"),
+        ("rank", options.get("rank", 0), d, "features of a hidden state"),
     ):  # fmt: skip
-        if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= most:
-            raise ValueError(f"{name} must be between 0, for none, and the {most} {of}, got {given!r}.")
+        whole(name, given, 0)
+        if given > most:
+            raise ValueError(f"{name} must be at most {most}, the number of {of}, got {given}.")
     return solve
 
 

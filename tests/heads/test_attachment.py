@@ -204,6 +204,9 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
         other.source = "0" * 64
         with pytest.raises(ValueError, match="fitted to other weights"):
             act(made, other)
+    for make in (lp.ExactHead.of, lambda model: lp.VQHead.fit(model, [], codes=8)):
+        with pytest.raises(ValueError, match="a head of kind 'weighted' in place of its own; take the original"):
+            make(converted)
     with lp.attach(made, head):
         with pytest.raises(ValueError, match="A head is attached"):
             lp.attach(made, head)

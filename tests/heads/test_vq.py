@@ -393,10 +393,13 @@ def test_bad_input_is_refused_in_one_sentence(cal):
         "codes is missing: how many the head has; or give screened": {},
         "screened takes directions in place of codes; leave out codes": {"codes": 8, "screened": 4},
         "leave out codes, kind and its options": {"kind": "paper", "screened": 4},
-        "and the 61 tokens of the vocabulary, got 62": {"codes": 8, "refine": 62},
-        "refine must be between 0, for none, and the 61 tokens": {"codes": 8, "refine": -1},
-        "and the 12 features of a hidden state, got 13": {"screened": 13},
-        "screened must be between 0, for none, and the 12": {"screened": 0.5},
+        "refine must be at most 61, the number of tokens of the vocabulary, got 62": {"codes": 8, "refine": 62},
+        "refine must be a whole number of at least 0, got -1": {"codes": 8, "refine": -1},
+        "screened must be at most 12, the number of features of a hidden state, got 13": {"screened": 13},
+        "screened must be a whole number of at least 0, got 0.5": {"screened": 0.5},
+        "rank must be at most 12, the number of features": {"codes": 8, "kind": "tiebreak", "rank": 13},
+        "epochs must be a whole number of at least 0, got -1": {"codes": 8, "kind": "distilled", "epochs": -1},
+        r"singletons must be a number in .0, 1., got 2": {"codes": 8, "singletons": 2},
     }
     for sentence, given in cases.items():
         with pytest.raises((ValueError, LookupError), match=sentence):
