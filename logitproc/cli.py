@@ -448,6 +448,8 @@ def _prepare(
 
     recognise(source)
     about = AutoConfig.from_pretrained(source)
+    if about.is_encoder_decoder:
+        raise ValueError(f"{source} is an encoder-decoder; give a causal language model.")
     try:
         config = GenerationConfig.from_pretrained(source)
     except OSError:  # an older model keeps them in config.json

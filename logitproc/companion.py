@@ -20,7 +20,14 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from .bundled import find_model
 
@@ -82,7 +89,7 @@ class Companion:
         config = model.config.get_text_config()
         self.name = Path(str(model.config.name_or_path)).name or type(model).__name__
         if model.config.is_encoder_decoder:
-            raise ValueError(f"The companion {self.name} is an encoder-decoder; a companion is a causal LM.")
+            raise _not_causal(self.name)
         if overflow not in ("error", "truncate", "off"):
             raise ValueError(f"overflow must be error, truncate or off, got {overflow!r}.")
         self.model, self.tokenizer, self.overflow = model, tokenizer, overflow
@@ -599,7 +606,13 @@ _loaded: "weakref.WeakValueDictionary[tuple, Any]" = weakref.WeakValueDictionary
 _loading = threading.Lock()
 
 
+def _not_causal(name: str) -> ValueError:
+    return ValueError(f"The companion {name} is an encoder-decoder; a companion is a causal LM.")
+
+
 def _load_model(name: str, source: str, revision: str | None, dtype: str, device: str) -> Any:
+    if AutoConfig.from_pretrained(source, revision=revision).is_encoder_decoder:
+        raise _not_causal(name)
     print(f"Loading the companion {name} on {device} (dtype {dtype}) ...", file=sys.stderr)
     spread = {"device_map": device} if device in ("auto", "balanced") else {}
     model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, **spread).eval()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 from transformers.utils import logging
 
 import logitproc as lp
@@ -677,7 +677,11 @@ def test_bad_companions_are_refused_before_the_host_is_loaded(run, pocket, tmp_p
     vocab = names["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(names))
+    t5 = tmp_path / "t5"
+    T5Config(vocab_size=8192).save_pretrained(t5)
     cases = [
+        (f"fusion:expert={t5},base=mini", f"The companion {t5} is an encoder-decoder; a companion is a causal LM."),
+        (f"{FUSION} --model {t5}", f"{t5} is an encoder-decoder; give a causal language model."),
         ("fusion:base=mini", "'fusion' needs the parameter 'expert'"),
         ("fusion:expert=mini", "'fusion' needs the parameter 'base'"),
         ("fusion:expert=nowhere,base=mini", "There is no folder nowhere; bundled models are base, mini"),
