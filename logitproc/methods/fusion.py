@@ -346,6 +346,8 @@ class DynamicFusionLogitsProcessor(Processor):
         plausibility: in [0, 1]; tokens with p < plausibility max p are forbidden, after everything else.
         evidence_from: the tokens that "mixture" and weights "evidence" learn from: "all", "prompt" or "none".
             The small base stands in for the host on tokens of a prompt, which the host's scores do not reach.
+            "all" is for text that is given. Text that is sampled from the mixture leaves the expected weights as they
+            are and only makes them vary: there "prompt" comes nearer to a fine-tuned host (eval/RESULTS.md).
         share: in [0, 0.1], of the weight that is spread evenly after every token. With 0 the loss of "mixture" on
             a text is at most that of its best component plus ln M nats, M = 1 + T (len(beta) + len(alpha)).
 

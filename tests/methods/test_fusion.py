@@ -341,6 +341,16 @@ def test_one_component_is_returned_and_equal_ones_change_nothing():
     same_softmax(mix([host, host, host], torch.randn(8, 3)), host)
 
 
+def test_a_token_of_the_mixture_itself_leaves_the_expected_weights_as_they_are():
+    random = torch.Generator().manual_seed(0)
+    log_p = torch.randn(3, 7, generator=random).log_softmax(-1)
+    log_w = torch.randn(1, 3, generator=random).log_softmax(-1)
+    chance = mix(list(log_p[:, None]), log_w).exp()[0]
+    after = updated(log_w.expand(7, 3), log_p.T, 0.0).exp()
+    torch.testing.assert_close((chance[:, None] * after).sum(0), log_w.exp()[0])
+    assert after.std(0).min() > 0.01
+
+
 def test_weights_sum_to_one_and_recover_from_zero_with_a_share():
     w = torch.zeros(4, 3)
     surprise = torch.tensor([[-1.0, -INF, -2.0]]).expand(4, 3)
