@@ -789,7 +789,7 @@ def fit_vq(
 
     Tokens that share a code cannot be told apart by it: the report gives the perplexity that this costs on
     text the fit has not seen, and the least that any choice of codes must cost. --refine tells them apart. It
-    and --screened make a head faster, not smaller: it holds as many numbers as the model's own, or more.
+    and --screened read less than the model's own head does, and hold as many numbers or more.
     """
     source = find_model(model)
     _quiet(context)

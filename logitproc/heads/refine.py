@@ -1,4 +1,4 @@
-"""What makes an approximate head fast without giving up its best tokens; the model's own rows stay stored.
+"""What keeps the best tokens of an approximate head right; the model's own rows, or as many numbers, stay stored.
 
 `RefinedHead` scores the N best tokens of any approximate head again with the true rows: `refine=N`. `ScreenedHead`
 approximates, in place of codes, by the few directions in which a hidden state is large: `screened=R`. Tokens outside

@@ -167,9 +167,9 @@ class VQHead(FittedHead):
         fit several heads to one reading. A tenth of it judges: `head.about["held_out"]`. `report` receives every
         `Progress`.
 
-        Two things make a head faster and no smaller. `refine=N` scores its N best tokens again with the model's own
-        rows, which it then holds too (`RefinedHead`). `screened=R` takes the R directions in which a state is largest
-        in place of codes (`ScreenedHead`), and wants refining. `options`:
+        Two things keep quality and save no memory. `refine=N` scores the N best tokens again with the model's own
+        rows, which the head then holds too (`RefinedHead`). `screened=R` takes the R directions in which a state is
+        largest in place of codes (`ScreenedHead`), and wants refining. `options`:
 
             singletons=0.75      weighted, distilled, tiebreak: the share of codes given to the commonest tokens
             start="weighted"     distilled: the kind to start from; "paper" trains its codes without a bias
