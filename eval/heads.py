@@ -61,7 +61,8 @@ from logitproc.ops import cpu, native
 
 SHAPES = {
     "llama-3-8b": (128_256, 4096), "qwen2.5-0.5b": (151_936, 896), "tinyllama": (32_000, 2048),
-    "gemma-2-2b": (256_000, 2304), "base widened": (131_072, 256), "largest": (256_000, 8192),
+    "gemma-2-2b": (256_000, 2304), "base widened": (131_072, 256), "base widened more": (256_000, 256),
+    "largest": (256_000, 8192),
 }  # fmt: skip
 KIND_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("paper", {}), "distilled paper": ("distilled", {"start": "paper"}), "weighted": ("weighted", {}),
