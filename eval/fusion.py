@@ -63,7 +63,7 @@ FEWER_DOCUMENTS = 40  # of dev and of test, but where an expert meets its own ta
 RATES = {"small": 1e-3, "host": 5e-4}
 EPOCHS, BATCH, LONGEST = 2, 64, 96
 SCORED = 16  # documents at once
-SOURCES, PROMPTS, NEW = ("all", "prompt", "none"), (4, 12), 24  # of evidence; tokens of prompts and of what follows
+SOURCES, PROMPTS, NEW = ("all", "given", "none"), (4, 12), 24  # of evidence; tokens of prompts and of what follows
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 STATIC_FUSIONS: dict[str, Any] = {"mode": "mixture", "alpha": (0.5, 1.0, 1.5), "beta": 0.0}
 
@@ -499,8 +499,8 @@ def judge_seeds(study: Study, seeds: tuple[int, ...]) -> str:
 
 def judge_sampled(study: Study) -> str:
     """What text that is sampled from a mixture loses by where its weights learn, as a table."""
-    out = ["| KL from the fine-tuned host, nats a token | experts | prompt | host alone | all | prompt | none "
-           "| prompt - all | none - all |", "|---" * 9 + "|"]  # fmt: skip
+    out = ["| KL from the fine-tuned host, nats a token | experts | prompt | host alone | all | given | none "
+           "| given - all | none - all |", "|---" * 9 + "|"]  # fmt: skip
     for task in study.tasks:
         for setting, length in itertools.product(("single", "wrong", "several"), PROMPTS):
             clock, cell = time.time(), study.sampled(setting, task, length)

@@ -98,13 +98,14 @@ class Chain(LogitsProcessor):
         generated: Tensor,
         ask: Ask,
         totals: Mapping[int, Tensor] | None = None,
+        drawn: bool = False,
     ) -> Positions:
         """Process the last K positions of B texts at once, as step after step would.
 
         Shapes: history [B, T], scores [B, K, V]; generated [B, K], how many of the tokens up to a position are
         not prompt. `totals` is the evidence of each text before the first of the positions, [B, E] per
-        processor, 0 by default. `ask` gives the scores of companions; its rows are all positions of the first
-        text, then those of the next.
+        processor, 0 by default; `drawn` is that of `gather`. `ask` gives the scores of companions; its rows are
+        all positions of the first text, then those of the next.
         """
         (rows, count), first = scores.shape[:2], history.shape[1] - scores.shape[1]
         at = torch.arange(rows * count, device=history.device)
@@ -121,7 +122,7 @@ class Chain(LogitsProcessor):
                 total = (totals or {}).get(index, total)
                 inside = at[at % count < count - 1]  # positions that a token of the history follows
                 done.totals[index] = gather(
-                    processor, total, history[:, first + 1 :], seen.take(inside), generated[:, 1:] > 0
+                    processor, total, history[:, first + 1 :], seen.take(inside), generated[:, 1:] > 0, drawn
                 )
                 evidence = done.totals[index].flatten(0, 1)
             out = processor.apply(texts, out, generated.flatten(), companion_scores, evidence)

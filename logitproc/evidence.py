@@ -32,21 +32,26 @@ def reads_prompt(processor: "Processor") -> bool:
     return all(companion.prompt is None for companion in processor.auxiliaries())
 
 
-def gather(processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, told: Tensor | bool) -> Tensor:
+def gather(
+    processor: "Processor", total: Tensor, tokens: Tensor, seen: Seen, told: Tensor | bool, drawn: bool
+) -> Tensor:  # fmt: skip
     """What texts have gathered before and after each of K tokens: [B, K + 1, E].
 
     Shapes: total [B, E]; tokens [B, K]; `seen` [B K, width], text by text; told [B, K], or one for all: whether the
-    scores seen are those of a generated token, as opposed to one of the prompt. Ids outside the vocabulary add
-    nothing, nor does a prompt that a companion does not read.
+    scores seen are those of a generated token, as opposed to one of the prompt; drawn: whether the chain drew the
+    generated tokens itself, see `Processor.learns_from_drawn`. Ids outside the vocabulary add nothing, nor does a
+    prompt that a companion does not read.
     """
     totals, count = [total], tokens.shape[1]
     if count:
         width = seen.companion_scores[0].shape[-1]
         valid, ids = (tokens >= 0) & (tokens < width), tokens.flatten().clamp(0, width - 1)
+        learns = processor.learns_from_drawn or not drawn
         if isinstance(told, bool):  # known without asking the device
-            kinds = [(seen.scores if told else None, valid)]
+            kinds = [(seen.scores if told else None, valid)] if learns or not told else []
         else:
-            both = [(seen.scores, told)] + ([(None, ~told)] if reads_prompt(processor) else [])
+            both = [(seen.scores, told)] if learns else []
+            both += [(None, ~told)] if reads_prompt(processor) else []
             kinds = [(scores, kind & valid) for scores, kind in both if bool(kind.any())]
         found = []
         for scores, counts in kinds:
@@ -80,7 +85,7 @@ def from_prompt(processor: "Processor", history: Tensor, width: int, generated: 
         count = tokens.shape[1]  # one fewer at the end, which nothing follows yet
         tokens = tokens.masked_fill(history[:, start : start + count] < 0, -1)
         seen = Seen(None, [part[:, :count].flatten(0, 1) for part in logits])
-        total = gather(processor, total, tokens, seen, told=False)[:, -1]
+        total = gather(processor, total, tokens, seen, told=False, drawn=False)[:, -1]
     return total
 
 
@@ -140,7 +145,7 @@ class Gathered:
         if index not in self.seen:  # its companions had no say
             return total
         seen = self.seen[index].take(rows)
-        return gather(self.chain.processors[index], total, tokens, seen, told=True)[:, -1]
+        return gather(self.chain.processors[index], total, tokens, seen, told=True, drawn=True)[:, -1]
 
     @contextlib.contextmanager
     def lagging(self) -> Iterator[None]:

@@ -49,7 +49,8 @@ class Processor(LogitsProcessor):
     that is no plain sum, how it is added (`accumulate`); its `step` declares the keyword `evidence` and
     receives [rows, evidence_size] float32, what the tokens so far have added up to, 0 at the start. A chain
     keeps that for each text while it is generated, and `scoring` for each position. The method itself
-    remembers nothing.
+    remembers nothing. With `learns_from_drawn` False only given tokens are evidence, prompts and texts that are
+    scored, and none that the chain draws itself.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Processor(LogitsProcessor):
 
     # How many numbers a text gathers; 0 for a method that needs none. May be a property.
     evidence_size: int = 0
+    learns_from_drawn: bool = True
 
     reads_generated: bool = False  # whether `step` receives `generated`; True where it declares it
 

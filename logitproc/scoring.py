@@ -43,6 +43,7 @@ def process_positions(
     attention_mask: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
     max_rows: int | None = None,
+    drawn: bool = False,
 ) -> Tensor:
     """The scores that the chain makes of `logits` at every position of a text.
 
@@ -52,7 +53,8 @@ def process_positions(
 
     `prompt_lengths` counts the tokens of each prompt without padding; tokens after it count as generated,
     as with `Chain.bind`. None: all tokens do, as with a chain that is not bound. A negative length says
-    that so many generated tokens stood before this text and are not shown.
+    that so many generated tokens stood before this text and are not shown. `drawn` says that the chain drew the
+    tokens after the prompt itself, which then are no evidence for a method that learns from given text only.
 
     At most `max_rows` positions are processed at once, by default as many as hold a few million scores, so
     beyond the result only the tokens that methods read grow with the text.
@@ -60,14 +62,14 @@ def process_positions(
     mask = _mask(input_ids, attention_mask)
     every, max_rows = torch.ones_like(mask), max_rows or _fitting(logits)
     out = torch.empty_like(logits)
-    for b, t, _, scores in _processed(chain, input_ids, mask, prompt_lengths, logits, every, max_rows):
+    for b, t, _, scores in _processed(chain, input_ids, mask, prompt_lengths, logits, every, max_rows, drawn):
         out[b, t] = scores
     return out
 
 
 def _processed(
     chain: Chain, ids: Tensor, mask: Tensor, prompt_lengths: Tensor | None, logits: Tensor, wanted: Tensor,
-    max_rows: int,
+    max_rows: int, drawn: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """The wanted positions [B, T] in groups: b, t, raw and processed scores, on the device of the logits."""
     device, (rows, length, width) = logits.device, logits.shape
@@ -87,7 +89,8 @@ def _processed(
         heard = _heard(chain, texts, stop - start)
         if gathers:
             b, k = torch.ones_like(counts).nonzero().unbind(1)
-            done = chain.apply_positions(texts, logits[:, start:stop], counts, asks(heard, (b, k), width), totals)
+            ask = asks(heard, (b, k), width)
+            done = chain.apply_positions(texts, logits[:, start:stop], counts, ask, totals, drawn)
             totals = {index: total[:, -1] for index, total in done.totals.items()}
             b, k = wanted[:, start:stop].nonzero().unbind(1)
             wanted[:, :stop] = False
@@ -146,11 +149,12 @@ def score_tokens(
     prompt_lengths: Tensor | None = None,
     divergence: bool = True,
     only: Tensor | None = None,
+    drawn: bool = False,
 ) -> dict[str, Tensor]:
     """Figures of every token given the tokens before it, raw (base p) and through the chain (processed q).
 
     Shapes: input_ids, attention_mask and `only` (bool: which tokens to score, default all) [B, T];
-    prompt_lengths [B] as in `process_positions`. The result holds float64 [B, T] tensors on the device of
+    prompt_lengths [B] and `drawn` as in `process_positions`. The result holds float64 [B, T] tensors on the device of
     the logits, 0 where nothing was scored, and `scored`, bool [B, T]:
 
         base_nll, nll    -ln p(token), -ln q(token), nats; infinite for a token that is forbidden
@@ -181,7 +185,7 @@ def score_tokens(
     values = torch.zeros(len(names), *ids.shape, dtype=torch.float64, device=ids.device)
     if bool(scored.any()):
         logits = model(input_ids=ids.masked_fill(~mask, 0)[:, :-1], use_cache=False).logits
-        rows = _processed(chain, ids, mask, prompt_lengths, logits, scored[:, 1:], _fitting(logits))
+        rows = _processed(chain, ids, mask, prompt_lengths, logits, scored[:, 1:], _fitting(logits), drawn)
         targets, found = ids.to(logits.device), []
         for b, t, base, processed in rows:
             figures = compare(base.float(), processed.float(), targets[b, t + 1], divergence)
@@ -474,7 +478,7 @@ def score_continuations(
     for start in range(0, len(texts), batch_size):
         batch = by_length[start : start + batch_size]
         ids, mask, only, lengths = _collate([texts[i] for i in batch])
-        figures = score_tokens(model, chain, ids, mask, lengths, only=only)
+        figures = score_tokens(model, chain, ids, mask, lengths, only=only, drawn=True)
         scored = figures.pop("scored")
         tokens = scored.sum(1)
         means = {name: (value.sum(1) / tokens).tolist() for name, value in figures.items()}

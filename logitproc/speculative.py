@@ -158,8 +158,9 @@ class Decoder:
             if processor is self.bound:
                 ask = asks(heard, (0, slice(None)), width)
                 generated = (first - self.bound.prompt + at)[None]
-                history = self.bound.hide(text)
-                positions = self.bound.chain.apply_positions(history, scores[None], generated, ask, evidence)
+                positions = self.bound.chain.apply_positions(
+                    self.bound.hide(text), scores[None], generated, ask, evidence, drawn=True
+                )
                 scores = positions.scores[0]
             else:
                 rows = [processor(text[:, : first + k], scores[k : k + 1]) for k in range(count)]
@@ -172,7 +173,7 @@ class Decoder:
         here, told = token.new_tensor([kept]), torch.ones(1, 1, dtype=torch.bool, device=token.device)
         return {
             index: gather(self.bound.chain.processors[index], total[:, kept], token.view(1, 1),
-                          positions.seen[index].take(here), told)[:, -1]
+                          positions.seen[index].take(here), told, drawn=True)[:, -1]
             for index, total in positions.totals.items()
         }  # fmt: skip
 

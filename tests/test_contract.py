@@ -366,7 +366,8 @@ def test_a_text_scored_at_once_equals_the_text_scored_step_by_step(subject, mode
     logits = model(ids).logits.detach()[0, prompt - 1 : -1]
     bound = made.bind(ids[:, :prompt])
     steps = torch.cat([bound(ids[:, :end], logits[end - prompt, None]) for end in ends])
-    at_once = process_positions(made, ids, model(ids).logits.detach(), prompt_lengths=torch.tensor([prompt]))
+    prompts = torch.tensor([prompt])
+    at_once = process_positions(made, ids, model(ids).logits.detach(), prompt_lengths=prompts, drawn=True)
     assert_equal(at_once[0, prompt - 1 : -1], steps, subject)
 
 

@@ -54,6 +54,16 @@ def test_every_row_has_the_evidence_of_its_text(model, options):
             torch.testing.assert_close(total, by_hand(model, chain, row, 5), rtol=1e-4, atol=1e-4)
 
 
+def test_who_does_not_learn_from_what_it_drew_keeps_the_evidence_of_the_prompt(model):
+    for options in ({}, {"num_beams": 4, "num_return_sequences": 2}):
+        chain, ids = blend(), texts(2, 5)
+        chain.processors[0].learns_from_drawn = False
+        generate(model, chain, ids, max_new_tokens=6, **options)
+        for tokens, found in chain.processors[0].seen:
+            for row, total in zip(tokens, found, strict=True):
+                torch.testing.assert_close(total, by_hand(model, chain, row[:5], 5), rtol=1e-4, atol=1e-4)
+
+
 def test_padding_adds_nothing(model):
     chain, ids = blend(), texts(2, 6)
     mask = torch.ones_like(ids)

@@ -344,18 +344,19 @@ class DynamicFusionLogitsProcessor(Processor):
         ridge, centre: of "match", rho / 2 |alpha - centre|^2.
         kl_budget: bound on KL(P', P) in nats; z' is moved towards z until it holds.
         plausibility: in [0, 1]; tokens with p < plausibility max p are forbidden, after everything else.
-        evidence_from: the tokens that "mixture" and weights "evidence" learn from: "all", "prompt" or "none".
+        evidence_from: the tokens that "mixture" and weights "evidence" learn from: "given", which are the prompt,
+            and all tokens of a text that is scored; "all", also those that the chain draws itself; or "none".
             The small base stands in for the host on tokens of a prompt, which the host's scores do not reach.
-            "all" is for text that is given. Text that is sampled from the mixture leaves the expected weights as they
-            are and only makes them vary: there "prompt" comes nearer to a fine-tuned host (eval/RESULTS.md).
+            Tokens sampled from the mixture leave the expected weights as they are and only make them vary: without
+            them it comes nearer to a fine-tuned host (eval/RESULTS.md).
         share: in [0, 0.1], of the weight that is spread evenly after every token. With 0 the loss of "mixture" on
             a text is at most that of its best component plus ln M nats, M = 1 + T (len(beta) + len(alpha)).
 
     Raises ValueError for a parameter outside its range or of another mode's number of experts. Source:
     arXiv:2406.15480, section 3 ("grid", "select"); arXiv:2401.08565 ("static"); arXiv:2310.12962 ("upscale").
 
-    Where all alpha are 0 the scores are returned bit for bit. Beams are safe. What has learned from generated
-    tokens cannot be rolled back: assisted decoding is refused with evidence.
+    Where all alpha are 0 the scores are returned bit for bit. Beams are safe. Evidence cannot be
+    rolled back: assisted decoding is refused with it.
 
     Example:
         >>> import logitproc as lp
@@ -376,7 +377,7 @@ class DynamicFusionLogitsProcessor(Processor):
     centre: float = 0.0
     kl_budget: float | None = None
     plausibility: float = 0.0
-    evidence_from: Literal["all", "prompt", "none"] = "all"
+    evidence_from: Literal["given", "all", "none"] = "given"
     share: float = 0.02
 
     companions: ClassVar = ("base", "expert")
@@ -395,7 +396,7 @@ class DynamicFusionLogitsProcessor(Processor):
         one_of("mode", self.mode, get_args(Mode))
         one_of("target", self.target, get_args(tilt.Target))
         one_of("kind", self.kind, get_args(Kind))
-        one_of("evidence_from", self.evidence_from, ("all", "prompt", "none"))
+        one_of("evidence_from", self.evidence_from, ("given", "all", "none"))
         in_range("ridge", self.ridge, 0, math.inf)
         in_range("plausibility", self.plausibility, 0, 1)
         in_range("share", self.share, 0, 0.1)
@@ -416,6 +417,7 @@ class DynamicFusionLogitsProcessor(Processor):
         if learning:
             fused = self._count * (len(self._alpha) + len(self._beta))
             self.evidence_size = self._count if self.mode == "match" else 1 + fused
+        self.learns_from_drawn = self.evidence_from == "all"
         self.supports_assisted = not learning  # type: ignore[misc]
 
     def _read_alpha(self) -> list[float]:
@@ -487,7 +489,7 @@ class DynamicFusionLogitsProcessor(Processor):
             "match": two("match", weights=(3, 1)),
             "learning": two("match", kind="shift", weights="evidence", share=0.0),
             "mixture": two("mixture", kl_budget=0.5),
-            "prompt": one("mixture", evidence_from="prompt"),
+            "all": one("mixture", evidence_from="all"),
             "even": one("mixture", alpha=(0.5, 1.5), beta=0.0, evidence_from="none"),
         }
 
@@ -520,8 +522,6 @@ class DynamicFusionLogitsProcessor(Processor):
     def evidence(self, tokens: Tensor, scores: Tensor | None, *companion_scores: Tensor) -> Tensor | None:
         """ln of what each component gave the token, [rows, M]."""
         base, *experts = companion_scores
-        if scores is not None and self.evidence_from == "prompt":
-            return None
         if self.mode == "match":
             return likelihoods(experts, tokens)
         host = base if scores is None else scores

@@ -404,15 +404,16 @@ def test_where_evidence_comes_from():
     with torch.no_grad():
         logits = model(ids).logits
     prompt = torch.tensor([6, 6])
-    run = lambda source: process_positions(
-        lp.Chain([processor("mixture", evidence_from=source)]), ids, logits, prompt_lengths=prompt)  # fmt: skip
-    everything, only_prompt, nothing = run("all"), run("prompt"), run("none")
+    run = lambda source, drawn: process_positions(
+        lp.Chain([processor("mixture", evidence_from=source)]), ids, logits, prompt_lengths=prompt, drawn=drawn)
+    everything, only_prompt, nothing = run("all", True), run("given", True), run("none", True)
+    assert torch.equal(run("given", False), everything), "in scoring all tokens are given"
     torch.testing.assert_close(everything[:, :6], only_prompt[:, :6], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(everything[:, 8:], only_prompt[:, 8:], atol=1e-2)
     torch.testing.assert_close(everything[:, 0], nothing[:, 0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(only_prompt[:, 8:], nothing[:, 8:], atol=1e-2)
     # The base stands in for the host on a prompt: the expert's weight grows with what it gave the tokens over it.
-    made = processor("mixture", evidence_from="prompt")
+    made = processor("mixture")
     tokens = torch.tensor([4])
     base, expert = torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)
     expert[0, 4] = 3.0
