@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TextIO
@@ -97,14 +98,26 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
     The fingerprint is the SHA-256 of the sorted (token, id) pairs, the bos, eos and unknown ids and the
     normaliser. Other special tokens are left out: users set or add a pad token freely, and it never
-    changes what a text means.
+    changes what a text means. Kept for each tokenizer until tokens are added or its settings change, as every
+    `logitproc.generate` asks.
     """
-    vocab = sorted(tokenizer.get_vocab().items())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    normalizer = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None))
+    state = [len(tokenizer), tokenizer.name_or_path, marks, sorted(tokenizer.all_special_ids), normalizer]
+    known = _described.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _described[tokenizer] = state, _describe(tokenizer, marks, normalizer)
+    return dict(known[1])
+
+
+_described: "weakref.WeakKeyDictionary[Any, tuple[list[Any], dict[str, Any]]]" = weakref.WeakKeyDictionary()
+
+
+def _describe(tokenizer: Any, marks: list[int | None], normalizer: str) -> dict[str, Any]:
+    vocab = sorted(tokenizer.get_vocab().items())
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(marks)
     plain = [(token, token_id) for token, token_id in vocab if token_id not in special]
-    identity = [plain, marks, str(getattr(backend, "normalizer", None))]
+    identity = [plain, marks, normalizer]
     return {
         "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "name": Path(str(tokenizer.name_or_path)).name or type(tokenizer).__name__,

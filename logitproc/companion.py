@@ -29,6 +29,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from .artifact import describe_tokenizer
 from .bundled import find_model
 
 Prompt = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
@@ -36,6 +37,7 @@ Prompt = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
 _PROBE = (
     "The 2 naïve cafés,  tabs\tand\nlines; 日本 🙂 don't 1,234.5"  # texts that normalisers treat differently
 )
+_ADVICE = "Fusing models needs one tokenizer."
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 _GROWING_ROPE = ("dynamic", "longrope")  # keys depend on the length of the text
 _NEAR = 1024  # widths of one vocabulary differ by padding at most
@@ -377,29 +379,32 @@ class Companion:
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise ValueError, naming the first id that differs, unless `tokenizer` means the same by every id."""
-        if self.tokenizer is None:
+        if self.tokenizer is None or tokenizer is self.tokenizer:
             return
+        same = describe_tokenizer(tokenizer)["fingerprint"] == describe_tokenizer(self.tokenizer)["fingerprint"]
+        if not same:
+            self._check_ids(tokenizer)
+        if tokenizer(_PROBE)["input_ids"] != self.tokenizer(_PROBE)["input_ids"]:
+            raise ValueError(
+                f"The companion {self.name} has the host's vocabulary but splits {_PROBE!r} differently. {_ADVICE}"
+            )
+
+    def _check_ids(self, tokenizer: Any) -> None:
         ours = {i: token for token, i in self.tokenizer.get_vocab().items()}
         theirs = {i: token for token, i in tokenizer.get_vocab().items()}
-        advice = "Fusing models needs one tokenizer."
         for i in sorted(ours.keys() & theirs.keys()):
             if ours[i] != theirs[i]:
                 raise ValueError(
                     f"The companion {self.name} has another tokenizer: id {i} is {theirs[i]!r} for the host, "
-                    f"{ours[i]!r} for the companion. {advice}"
+                    f"{ours[i]!r} for the companion. {_ADVICE}"
                 )
         for mark in _SPECIAL:
             host, own = getattr(tokenizer, mark), getattr(self.tokenizer, mark)
             if host != own:
                 raise ValueError(
                     f"The companion {self.name} has another tokenizer: {mark} is {host} for the host, {own} "
-                    f"for the companion. {advice}"
+                    f"for the companion. {_ADVICE}"
                 )
-        if tokenizer(_PROBE)["input_ids"] != self.tokenizer(_PROBE)["input_ids"]:
-            raise ValueError(
-                f"The companion {self.name} has the host's vocabulary but splits {_PROBE!r} differently. "
-                f"{advice}"
-            )
 
     def check_width(self, width: int) -> None:
         """Raise ValueError when it scores another vocabulary than the host, by the number of tokens."""

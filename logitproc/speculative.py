@@ -24,8 +24,9 @@ LONGEST = 16  # tokens of a draft
 # token costs about 0.4 of it to draft and to verify.
 _WORTH = 0.4
 # Chances at first, by how sure the drafter is: its most probable token has less than 1/4, 1/2, 3/4, or more. An expert
-# for the mixture does a little better, for other fusions worse (dev part of `eval/speculative.py`).
-_CHANCES = (0.6, 0.75, 0.85, 0.95)
+# for the mixture does a little better, for other fusions worse (dev part of `eval/speculative.py`). A token that is
+# sampled stands by how much of the two distributions is shared, which hardly depends on how sure they are.
+_GREEDY, _SAMPLED = (0.6, 0.75, 0.85, 0.95), (0.83, 0.84, 0.85, 0.88)
 _TRIES, _MEMORY = 5.0, 0.95  # what these count for, and how much of what was learned counts a round later
 
 
@@ -80,7 +81,6 @@ class Decoder:
     def __init__(self, bound: BoundChain, speculation: Speculation, streamer: Any = None):
         self.bound, self.speculation, self.streamer = bound, speculation, streamer
         self.drafter = speculation.drafter(bound.chain)
-        self.tallies = [(chance * _TRIES, _TRIES) for chance in _CHANCES]  # accepted, judged
         speculation.rounds = speculation.drafted = speculation.judged = speculation.accepted = 0
 
     def __call__(
@@ -95,6 +95,7 @@ class Decoder:
         """The prompt [1, T] and what follows it, [1, T + n]."""
         host, sampled, done = Companion(model), bool(generation_config.do_sample), False
         evidence = self.bound.evidence(input_ids, host.width)
+        self._expect(sampled)
         self._stream(input_ids)
         while not done:
             known = input_ids.shape[1]
@@ -185,12 +186,17 @@ class Decoder:
         )
         return logits
 
+    def _expect(self, sampled: bool) -> None:
+        """What is thought of drafts before any was judged."""
+        self.chances = _SAMPLED if sampled else _GREEDY
+        self.tallies = [(chance * _TRIES, _TRIES) for chance in self.chances]  # accepted, judged
+
     def _learn(self, drawn_from: Tensor, kept: int) -> None:
         """Count what became of a draft, and let what was learned fade."""
         judged = min(kept + 1, len(drawn_from))  # what comes after a rejection was not
         self.tallies = [
             (_MEMORY * accepted + (1 - _MEMORY) * chance * _TRIES, _MEMORY * tries + (1 - _MEMORY) * _TRIES)
-            for (accepted, tries), chance in zip(self.tallies, _CHANCES, strict=True)
+            for (accepted, tries), chance in zip(self.tallies, self.chances, strict=True)
         ]
         for at, sure in enumerate(sureness(drawn_from[:judged])):
             accepted, tries = self.tallies[sure]
@@ -207,7 +213,7 @@ class Decoder:
 
 def sureness(p: Tensor) -> list[int]:
     """Which quarter the largest probability of each row [rows, V] is in, 0 to 3."""
-    return [min(int(4 * most), len(_CHANCES) - 1) for most in p.amax(-1).tolist()]
+    return [min(int(4 * most), 3) for most in p.amax(-1).tolist()]
 
 
 def accept(drafted: Tensor, drawn_from: Tensor, scores: Tensor, sampled: bool) -> tuple[int, Tensor]:

@@ -168,6 +168,17 @@ def test_another_vocabulary_bos_or_normaliser_is_refused_and_both_are_named(toy)
             assert f"({side['vocab_size']} tokens, {side['fingerprint'][:12]})" in str(caught.value)
 
 
+def test_a_tokenizer_is_described_once_and_anew_when_it_changed(monkeypatch):
+    tokenizer, asked = tiny_tokenizer(), []
+    monkeypatch.setattr(artifact, "_describe", lambda *a, real=artifact._describe: asked.append(1) or real(*a))
+    first = describe_tokenizer(tokenizer)
+    first["special"] = "a copy"
+    assert describe_tokenizer(tokenizer)["special"] != "a copy" and len(asked) == 1
+    before = describe_tokenizer(tokenizer)["fingerprint"]
+    tokenizer.add_tokens(["quite-new"])
+    assert describe_tokenizer(tokenizer)["fingerprint"] != before
+
+
 def test_the_description_counts_to_the_largest_id(tokenizer):
     about = describe_tokenizer(tokenizer)
     assert (about["vocab_size"], about["bos"], about["eos"]) == (WIDTH, 1, 2)

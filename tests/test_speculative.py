@@ -26,7 +26,7 @@ from transformers import (
 import logitproc as lp
 from logitproc.companion import Companion, tiny_companion
 from logitproc.processor import Processor
-from logitproc.speculative import _CHANCES, LONGEST, Decoder, Speculation, accept, sureness
+from logitproc.speculative import _GREEDY, _SAMPLED, LONGEST, Decoder, Speculation, accept, sureness
 
 
 @dataclass(eq=False)
@@ -159,7 +159,9 @@ def test_a_useless_draft_ends(model):
     assert speculation.drafted < 0.5 * speculation.rounds
 
 
-def test_a_drafter_is_trusted_by_how_sure_it_is():
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_drafter_is_trusted_by_how_sure_it_is(sampled):
+    first = _SAMPLED if sampled else _GREEDY
     assert sureness(torch.tensor([[0.2, 0.2], [0.25, 0.1], [0.6, 0.4], [0.75, 0.25], [1.0, 0.0]])) == [
         0,
         1,
@@ -168,16 +170,17 @@ def test_a_drafter_is_trusted_by_how_sure_it_is():
         3,
     ]
     decoder = Decoder(lp.Chain().bind(PROMPT), Speculation(draft=tiny_companion(WIDTH)))
+    decoder._expect(sampled)
     unsure, sure = torch.tensor([[0.1, 0.1]]), torch.tensor([[0.9, 0.1]])
     for _ in range(60):  # this one is right when it is unsure, and wrong when it is sure
         decoder._learn(torch.cat([unsure, sure]), kept=1)
     chances = [accepted / judged for accepted, judged in decoder.tallies]
     assert chances[0] > 0.8 and chances[3] < 0.25
-    assert chances[1:3] == pytest.approx(_CHANCES[1:3]), "nothing was learned of these"
+    assert chances[1:3] == pytest.approx(first[1:3]), "nothing was learned of these"
     for _ in range(100):
         decoder._learn(torch.empty(0, 2), kept=0)
     chances = [accepted / judged for accepted, judged in decoder.tallies]
-    assert chances == pytest.approx(_CHANCES, abs=0.03), "and what was learned fades"
+    assert chances == pytest.approx(first, abs=0.03), "and what was learned fades"
 
 
 def test_a_round_costs_one_pass_of_those_that_verify_and_one_more_than_the_draft_of_the_drafter(model):
