@@ -85,9 +85,11 @@ class Inputs:
             if processor.evidence_size
         }
 
+        heard = {id(processor): len(processor.auxiliaries()) for processor in processors}
+
         def call(i: int) -> Tensor:
             host, *others = self.buffers[i % len(self.buffers)]
-            said = lambda processor, *_: others[: len(processor.auxiliaries())]
+            said = lambda processor, *_: others[: heard[id(processor)]]
             return chain.apply(self.history(i), host, ask=said, evidence=gathered)
 
         return call

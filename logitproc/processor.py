@@ -223,11 +223,12 @@ class Processor(LogitsProcessor):
 
 def trailing(history: Tensor, context: int | None) -> Tensor:
     """The last `context` columns, filled up on the left with -1; all columns for None."""
-    if context is None or history.shape[1] == context:
+    length = history.shape[1]
+    if context is None or length == context:
         return history
-    if history.shape[1] > context:
-        return history[:, history.shape[1] - context :]
-    return torch.nn.functional.pad(history, (context - history.shape[1], 0), value=-1)
+    if length > context:
+        return history[:, length - context :]
+    return torch.nn.functional.pad(history, (context - length, 0), value=-1)
 
 
 def as_wide(scores: Tensor, width: int) -> Tensor:

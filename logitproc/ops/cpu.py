@@ -181,6 +181,15 @@ class _Table(ctypes.Structure):
     ]
 
 
+class _Bias(ctypes.Structure):
+    """`Bias` of history.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("tables", "spans")),
+        *((name, ctypes.c_int64) for name in ("two", "count")),
+    ]
+
+
 class _Tables:
     """What the kernel reads of a bias."""
 
@@ -190,6 +199,8 @@ class _Tables:
         step = torch.nn.functional.pad(ngrams.allowed.int(), (1, 1)).diff()
         self.spans = torch.stack([(step == 1).nonzero()[:, 0], (step == -1).nonzero()[:, 0]], 1)
         self.tables = (_Table * len(ngrams.tables))(*map(_table, ngrams.tables))
+        where = ctypes.addressof(self.tables), self.spans.data_ptr()
+        self.bias = (_Bias * 1)(_Bias(*where, len(self.tables) > 1, len(self.spans)))
         self.reach = max(table.order for table in ngrams.tables) - 1
 
     @classmethod
@@ -210,15 +221,15 @@ def add_ngrams(
     native = _Tables.of(ngrams)
     if clip < math.inf or budget < math.inf or len(native.tables) > 2:
         return NotImplemented
-    if tokens.shape[1] < native.reach or scores.shape[1] < len(ngrams.allowed):
+    (rows, width), reach = scores.shape, tokens.shape[1]
+    if reach < native.reach or width < len(ngrams.allowed):
         return NotImplemented  # the kernel would read and write outside
     scores = scores.contiguous()
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # the last columns of a history, often
     out = torch.empty_like(scores)
     limit = math.log(plausibility) - 1e-6 if plausibility else 0.0
     call("add_ngrams", scores, tokens, tokens.stride(0), factor if factor is None else factor.contiguous(),
-         native.tables, len(native.tables) > 1, native.spans, len(native.spans), 2 if plausibility else int(centred),
-         limit, drop, out, tokens.shape[1], *scores.shape)  # fmt: skip
+         native.bias, 2 if plausibility else int(centred), limit, drop, out, reach, rows, width)  # fmt: skip
     return out
 
 

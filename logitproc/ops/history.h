@@ -223,6 +223,13 @@ struct Row {
   }
 };
 
+// NGramBias
+struct Bias {
+  const Table* tables;  // one or two
+  const Span* spans;
+  int64_t two, count;  // whether there is a second table; how many spans
+};
+
 enum Rule : int64_t { kPlain, kCentred, kInside };
 
 template <int tables>
@@ -237,11 +244,13 @@ void process(const Row<tables>& row, Rule rule, float limit, bool drop) {
 
 extern "C" {
 
-// tokens [rows, reach], a row every `stride`. factor [rows] or null. two: whether there is a second table. count: of
-// spans.
-void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Table* tables,
-                int64_t two, const Span* spans, int64_t count, int64_t rule, float limit, int64_t drop, float* out,
-                int64_t reach, int64_t rows, int64_t width, int64_t threads) {
+// tokens [rows, reach], a row every `stride`. factor [rows] or null.
+void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Bias* bias,
+                int64_t rule, float limit, int64_t drop, float* out, int64_t reach, int64_t rows, int64_t width,
+                int64_t threads) {
+  const Table* tables = bias->tables;
+  const Span* spans = bias->spans;
+  const int64_t two = bias->two, count = bias->count;
   for_rows(rows, width, threads, [=](int64_t row) {
     const int64_t* end = tokens + row * stride + reach;
     const float weight = factor ? factor[row] : 1.0f;
