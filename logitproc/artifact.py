@@ -103,19 +103,22 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     normalizer = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None))
-    state = [len(tokenizer), tokenizer.name_or_path, marks, sorted(tokenizer.all_special_ids), normalizer]
-    known = _described.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _described[tokenizer] = state, _describe(tokenizer, marks, normalizer)
-    return dict(known[1])
+    marked = sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special_ids = sorted(tokenizer.all_special_ids)
+    state = [len(tokenizer), tokenizer.name_or_path, marks, marked, special_ids, normalizer]
+    key = id(tokenizer)
+    known = _described.get(key)
+    if known is None or known[0]() is not tokenizer or known[1] != state:
+        about = _describe(tokenizer, marks, set(marked) - set(marks), normalizer)
+        known = _described[key] = weakref.ref(tokenizer, lambda _: _described.pop(key, None)), state, about
+    return known[2] | {"special": list(special_ids)}
 
 
-_described: "weakref.WeakKeyDictionary[Any, tuple[list[Any], dict[str, Any]]]" = weakref.WeakKeyDictionary()
+_described: dict[int, tuple[Any, list[Any], dict[str, Any]]] = {}  # by identity: tokenizers need not be hashable
 
 
-def _describe(tokenizer: Any, marks: list[int | None], normalizer: str) -> dict[str, Any]:
+def _describe(tokenizer: Any, marks: list[int | None], special: set[int | None], normalizer: str) -> dict[str, Any]:
     vocab = sorted(tokenizer.get_vocab().items())
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(marks)
     plain = [(token, token_id) for token, token_id in vocab if token_id not in special]
     identity = [plain, marks, normalizer]
     return {
@@ -124,7 +127,6 @@ def _describe(tokenizer: Any, marks: list[int | None], normalizer: str) -> dict[
         "vocab_size": max(token_id for _, token_id in vocab) + 1,
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
-        "special": sorted(tokenizer.all_special_ids),
     }
 
 

@@ -29,7 +29,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from .artifact import describe_tokenizer
 from .bundled import find_model
 
 Prompt = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
@@ -37,7 +36,6 @@ Prompt = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
 _PROBE = (
     "The 2 naïve cafés,  tabs\tand\nlines; 日本 🙂 don't 1,234.5"  # texts that normalisers treat differently
 )
-_ADVICE = "Fusing models needs one tokenizer."
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 _GROWING_ROPE = ("dynamic", "longrope")  # keys depend on the length of the text
 _NEAR = 1024  # widths of one vocabulary differ by padding at most
@@ -109,6 +107,7 @@ class Companion:
         self._lags = False  # see `lagging`
         self._unread: list[Callable[[], bool]] = []
         self._side: Any = None  # the stream of `start`, for which every call waits
+        self._agrees: tuple[Any, tuple[Any, ...]] | None = None  # see `check_tokenizer`
         self.forwards = 0
 
     # --- scores ---
@@ -378,33 +377,37 @@ class Companion:
     # --- fits the host ---
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise ValueError, naming the first id that differs, unless `tokenizer` means the same by every id."""
+        """Raise ValueError, naming the first id that differs, unless `tokenizer` means the same by every id.
+
+        One that was found to agree is not compared again until tokens are added or its marks change.
+        """
         if self.tokenizer is None or tokenizer is self.tokenizer:
             return
-        same = describe_tokenizer(tokenizer)["fingerprint"] == describe_tokenizer(self.tokenizer)["fingerprint"]
-        if not same:
-            self._check_ids(tokenizer)
-        if tokenizer(_PROBE)["input_ids"] != self.tokenizer(_PROBE)["input_ids"]:
-            raise ValueError(
-                f"The companion {self.name} has the host's vocabulary but splits {_PROBE!r} differently. {_ADVICE}"
-            )
-
-    def _check_ids(self, tokenizer: Any) -> None:
+        state = len(tokenizer), *(getattr(tokenizer, mark) for mark in _SPECIAL)
+        if self._agrees is not None and self._agrees[0]() is tokenizer and self._agrees[1] == state:
+            return
         ours = {i: token for token, i in self.tokenizer.get_vocab().items()}
         theirs = {i: token for token, i in tokenizer.get_vocab().items()}
+        advice = "Fusing models needs one tokenizer."
         for i in sorted(ours.keys() & theirs.keys()):
             if ours[i] != theirs[i]:
                 raise ValueError(
                     f"The companion {self.name} has another tokenizer: id {i} is {theirs[i]!r} for the host, "
-                    f"{ours[i]!r} for the companion. {_ADVICE}"
+                    f"{ours[i]!r} for the companion. {advice}"
                 )
         for mark in _SPECIAL:
             host, own = getattr(tokenizer, mark), getattr(self.tokenizer, mark)
             if host != own:
                 raise ValueError(
                     f"The companion {self.name} has another tokenizer: {mark} is {host} for the host, {own} "
-                    f"for the companion. {_ADVICE}"
+                    f"for the companion. {advice}"
                 )
+        if tokenizer(_PROBE)["input_ids"] != self.tokenizer(_PROBE)["input_ids"]:
+            raise ValueError(
+                f"The companion {self.name} has the host's vocabulary but splits {_PROBE!r} differently. "
+                f"{advice}"
+            )
+        self._agrees = weakref.ref(tokenizer), state
 
     def check_width(self, width: int) -> None:
         """Raise ValueError when it scores another vocabulary than the host, by the number of tokens."""

@@ -57,7 +57,7 @@ def gather(
         for scores, counts in kinds:
             evidence = processor.evidence(ids, scores, *seen.companion_scores)
             if evidence is not None:
-                found.append((evidence.view(*tokens.shape, -1), counts))
+                found.append((evidence.view(*tokens.shape, processor.evidence_size), counts))
         for k in range(count):
             for evidence, counts in found:
                 total = torch.where(counts[:, k, None], processor.accumulate(total, evidence[:, k]), total)

@@ -212,8 +212,8 @@ class Decoder:
 
 
 def sureness(p: Tensor) -> list[int]:
-    """Which quarter the largest probability of each row [rows, V] is in, 0 to 3."""
-    return [min(int(4 * most), 3) for most in p.amax(-1).tolist()]
+    """Which quarter the largest probability of each row [rows, V] is in, 0 to 3; 0 for NaN."""
+    return [min(int(4 * most), len(_GREEDY) - 1) for most in p.amax(-1).nan_to_num().tolist()]
 
 
 def accept(drafted: Tensor, drawn_from: Tensor, scores: Tensor, sampled: bool) -> tuple[int, Tensor]:

@@ -164,7 +164,7 @@ def match(
     noise, near, flat = (1e-12, 1e-7, 1e-20) if double else (1e-5, 3e-4, 1e-8)
     best = trial = torch.full_like(mean, centre).clamp(low, high)
     least, step = torch.full_like(family.log_z, torch.inf), torch.zeros_like(mean)
-    done = family.log_z == -torch.inf  # rows without a token
+    done = ~(family.log_z > -torch.inf)  # rows without a token, NaN too
     for _ in range(steps):
         log_z, mu, sigma = joint_moments(family, trial)
         value = log_z - (trial * mean).sum(-1) + ridge / 2 * (trial - centre).square().sum(-1)

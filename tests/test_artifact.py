@@ -1,6 +1,7 @@
 """What is fitted is saved whole or not at all, and never meets another tokenizer in silence."""
 
 import errno
+import gc
 import json
 import os
 import stat
@@ -8,7 +9,7 @@ import stat
 import numpy as np
 import pytest
 from conftest import WIDTH, tiny_tokenizer
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
 import logitproc as lp
 from logitproc import artifact
@@ -172,11 +173,18 @@ def test_a_tokenizer_is_described_once_and_anew_when_it_changed(monkeypatch):
     tokenizer, asked = tiny_tokenizer(), []
     monkeypatch.setattr(artifact, "_describe", lambda *a, real=artifact._describe: asked.append(1) or real(*a))
     first = describe_tokenizer(tokenizer)
-    first["special"] = "a copy"
-    assert describe_tokenizer(tokenizer)["special"] != "a copy" and len(asked) == 1
+    first["special"].append(99)
+    assert 99 not in describe_tokenizer(tokenizer)["special"] and len(asked) == 1
     before = describe_tokenizer(tokenizer)["fingerprint"]
+    tokenizer.add_tokens([AddedToken("w9", special=True)], special_tokens=True)  # it was a plain token
+    assert describe_tokenizer(tokenizer)["fingerprint"] != before and len(asked) == 2
     tokenizer.add_tokens(["quite-new"])
-    assert describe_tokenizer(tokenizer)["fingerprint"] != before
+    describe_tokenizer(tokenizer)
+    assert len(asked) == 3
+    key = id(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert key not in artifact._described
 
 
 def test_the_description_counts_to_the_largest_id(tokenizer):

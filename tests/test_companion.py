@@ -649,6 +649,16 @@ def test_the_same_vocabulary_with_another_normaliser_is_refused():
         Companion(make_model(), tiny_tokenizer()).check_tokenizer(host)
 
 
+def test_special_tokens_in_another_order_are_another_tokenizer_though_it_agreed_before():
+    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
+    companion, first = Companion(make_model(), ours), len(ours)
+    companion.check_tokenizer(theirs)
+    ours.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    theirs.add_special_tokens({"additional_special_tokens": ["<|assistant|>", "<|user|>"]})
+    with pytest.raises(ValueError, match=f"id {first} is"):
+        companion.check_tokenizer(theirs)
+
+
 def test_widths_far_apart_are_refused_when_there_is_no_tokenizer_to_ask():
     chain = lp.Chain([FollowLogitsProcessor(Companion(make_model()))])
     chain.check(width=WIDTH + 1024)

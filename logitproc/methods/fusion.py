@@ -15,7 +15,8 @@ scores z, the small base's z_S and the small experts' z_t,
     select   the paper's rule for several experts: the grid of each against the mean of the c_t, best one acts
     match    argmin KL(sum over t of w_t Q_t || P'), convex ("level"); or mean of d shifted as it was ("shift")
     mixture  z' = ln sum over j of w_j P_j, components P, upscaled experts and static fusions, w_j by how well each
-             predicted the text so far: on any text the loss is at most that of the best component plus ln M nats
+             predicted the text so far: on given text, with share 0, the loss is at most that of the best component
+             plus ln M nats
 
 `static` with alpha from 0 to 1 and then `upscale` with beta from 1 to 0 is a path from the host to the expert.
 
@@ -89,12 +90,13 @@ class Divergences(NamedTuple):
 def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "newton", *,
          target: tilt.Target = "J", bounds: Sequence[tuple[float, float]] = ((0.0, 2.0),),
          kind: Kind = "level", weights: Tensor | None = None, ridge: float = 1e-3, centre: float = 0.0,
-         steps: int = 12) -> Fusion:  # fmt: skip
+         steps: int | None = None) -> Fusion:  # fmt: skip
     """Solve for one alpha an expert and row, and fuse; every mode but `static`, `upscale` and `mixture`.
 
     Shapes: host, base and each expert [rows, V], float32 or float64, where -inf or less than -1e30 forbids a
     token; weights [rows, T], of the experts in `match`, equal if left out. bounds has one (low, high), or one an
-    expert. grid and newton take one expert. ridge and centre as in `tilt.match`.
+    expert. grid and newton take one expert. ridge and centre as in `tilt.match`; steps, at most, of newton (12) and
+    match (32), where rows that are done stop.
 
     A constant added to a row of any input changes no softmax. Tokens are compared on the common support. A row
     with alpha 0 is the host's, bit for bit: so is one whose experts equal the base (up to a constant), and one
@@ -103,12 +105,12 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
     """
     if mode in ("newton", "grid"):
         points = _points(*bounds[0]) if mode == "grid" else None
-        return Fusion(*fuse_one(host, base, experts[0], points, target, *bounds[0], steps))
+        return Fusion(*fuse_one(host, base, experts[0], points, target, *bounds[0], steps or 12))
     if weights is None:
         weights = _columns([1 / len(experts)] * len(experts), host)
     if mode == "match":
-        return Fusion(*fuse_match(host, base, experts, weights, bounds, kind, ridge, centre))
-    return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, steps)
+        return Fusion(*fuse_match(host, base, experts, weights, bounds, kind, ridge, centre, steps or 32))
+    return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, 0)
 
 
 @op
@@ -124,7 +126,7 @@ def fuse_one(
 @op
 def fuse_match(
     host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, bounds: Sequence[tuple[float, float]],
-    kind: Kind, ridge: float, centre: float, steps: int = 32,
+    kind: Kind, ridge: float, centre: float, steps: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The fields of `Fusion`, by "match"."""
     return _fuse(host, base, experts, weights, "match", "J", bounds, kind, ridge, centre, steps)
@@ -157,7 +159,7 @@ def _solve(
         a, beyond = tilt.root(family, c.variance[:, 0], goal, target, high, steps)
         a = a.clamp(min=low)[:, None]
     elif mode == "match":
-        goal = (weights[:, None] @ c.expert_mean.to(weights.dtype)).squeeze(1)
+        goal = (weights[:, None].to(family.d) @ c.expert_mean.to(family.d)).squeeze(1)
         if kind == "shift":
             goal = goal + family.mean - c.base_mean
         low_side, high_side = (_columns(side, goal) for side in zip(*bounds, strict=True))
@@ -398,6 +400,7 @@ class DynamicFusionLogitsProcessor(Processor):
         one_of("kind", self.kind, get_args(Kind))
         one_of("evidence_from", self.evidence_from, ("given", "all", "none"))
         in_range("ridge", self.ridge, 0, math.inf)
+        in_range("centre", self.centre, -1e4, 1e4)
         in_range("plausibility", self.plausibility, 0, 1)
         in_range("share", self.share, 0, 0.1)
         if self.kl_budget is not None:

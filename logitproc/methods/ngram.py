@@ -285,14 +285,16 @@ class NGramStyleLogitsProcessor(Processor):
             self._ngrams = self._ngrams.to(scores.device)
             recent = tokens if tokens.shape[1] >= self._reach else trailing(tokens, self._reach)
             out = add_ngrams(scores, recent, self._ngrams, self._factor(scores, generated), **self._options)
-        if generated is not None and self.guard:
+        if self.guard:
+            assert generated is not None  # `reads_generated`
             out = loop_guard(out, tokens, generated, self.guard, self.guard_base, self.guard_length, self.guard_cap,
                              in_place=out is not scores)  # fmt: skip
         return out
 
     def _factor(self, scores: Tensor, generated: Tensor | None) -> Tensor | None:
         """What the schedule makes of the strength of each row, [rows, 1]; None for all of it."""
-        if generated is not None and self._schedule == "ramp":
+        if self._schedule == "ramp":
+            assert generated is not None  # `reads_generated`
             return (generated / self._amount).clamp(max=1.0)[:, None]
         if self._schedule == "entropy":
             entropy = torch.special.entr(scores.softmax(-1)).sum(-1, keepdim=True)

@@ -369,8 +369,9 @@ class SuppressionLogitsProcessor(Processor):
             self.check_width(width)
         if not self._active:
             return scores
-        if self.rule != "dry" or generated is None:
+        if self.rule != "dry":
             return scores - self._penalty_on(scores.device, width)
+        assert generated is not None  # `reads_generated`
         if self._nats.device != scores.device:
             self._nats = self._nats.to(scores.device)
         return lower_phrases(scores, tokens, generated, self._index.to(scores.device), self._nats)

@@ -108,7 +108,7 @@ def fuse_one(
 
 def fuse_match(
     host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, bounds: Sequence[tuple[float, float]],
-    kind: str, ridge: float, centre: float, steps: int = 32,
+    kind: str, ridge: float, centre: float, steps: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     given, count = rows_of(host, base, *experts), len(experts)
     if given is None or not host.shape[1] or len(bounds) not in (1, count):

@@ -28,9 +28,9 @@ def backend(name: Backend) -> Iterator[None]:
 
     "auto", the default outside, takes "cpu" (C++) for tensors on a CPU and "triton" for those on a GPU, and
     "reference" (plain torch) where these have no kernel or cannot run; the latter is logged once. "compile" is
-    `torch.compile` of the plain definitions, on any device; it takes half a minute at the first call of each. A backend
-    that was asked for and cannot run raises RuntimeError here; an operation for which it has no kernel, or on tensors
-    of another device, runs in plain torch.
+    `torch.compile` of the plain definitions, on any device: the first call of each takes seconds to a minute, and
+    fails where torch finds no compiler. "cpu" or "triton" that was asked for and cannot run raises RuntimeError here;
+    an operation for which it has no kernel, or on tensors of another device, runs in plain torch.
     """
     one_of("backend", name, get_args(Backend))
     if name in ("cpu", "triton") and (reason := unavailable(name)):
@@ -72,18 +72,18 @@ def op(reference: Any = None, *, half: bool = False) -> Any:
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
-        chosen = _chosen.get()
-        if chosen == "compile":
+        if _chosen.get() == "compile":
             plain = reference if torch.compiler.is_compiling() else _compiled(reference)
             return plain(*args, **kwargs)
-        kernel = _kernel(name, args[0], chosen) if args[0].dtype in dtypes else None
+        kernel = _kernel(name, args[0]) if args[0].dtype in dtypes else None
         result = NotImplemented if kernel is None else kernel(*args, **kwargs)
         return reference(*args, **kwargs) if result is NotImplemented else result
 
     return run
 
 
-def _kernel(name: str, like: Tensor, chosen: Backend) -> Any:
+def _kernel(name: str, like: Tensor) -> Any:
+    chosen = _chosen.get()
     if chosen == "reference" or type(like) is not Tensor:
         return None  # a subclass of Tensor, such as FakeTensor, may have no memory to read
     if like.requires_grad and torch.is_grad_enabled():

@@ -398,6 +398,14 @@ def test_scoring_keeps_the_bound_with_real_companions():
     assert (mixed >= own.amin(0) - 1e-3).all(), "the mixture is no better than the best of random models here"
 
 
+def test_match_takes_weights_of_another_dtype_and_no_more_steps_than_asked():
+    host, base, experts = scores(rows=3, width=WIDTH, count=2, spread=3.0, dtype=torch.float64)
+    weights = torch.tensor([[0.3, 0.7]]).expand(3, 2)
+    full = fuse(host, base, experts, "match", weights=weights, ridge=0.0)
+    assert torch.equal(full.alpha, fuse(host, base, experts, "match", weights=weights.double(), ridge=0.0).alpha)
+    assert not torch.equal(full.alpha, fuse(host, base, experts, "match", weights=weights, ridge=0.0, steps=1).alpha)
+
+
 def test_where_evidence_comes_from():
     model = tiny_model(seed=5)
     ids = torch.randint(3, WIDTH, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -453,6 +461,7 @@ def test_the_figures_that_papers_print_and_those_they_should():
         ({"target": "L"}, "target must be one of R, F, J"),
         ({"kind": "both"}, "kind must be one of level, shift"),
         ({"evidence_from": "host"}, "evidence_from must be one of"),
+        ({"centre": math.nan}, "centre must be a number in"),
         ({"share": 0.5}, "share must be a number in"),
         ({"plausibility": 2.0}, "plausibility must be a number in"),
         ({"kl_budget": -1.0}, "kl_budget must be a number at least 0"),

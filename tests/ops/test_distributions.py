@@ -70,7 +70,7 @@ def grid(*scores: Tensor) -> tuple[Tensor, ...]:
 def match(host: Tensor, base: Tensor, *experts: Tensor, kind: str = "level", centre: float = 0.0) -> tuple[Tensor, ...]:
     weights = torch.linspace(1, 2, len(experts), dtype=host.dtype, device=host.device)
     weights = (weights / weights.sum()).expand(len(host), -1)
-    return fusion.fuse_match(host, base, experts, weights, [(0.0, 1.2)], kind, 1e-2, centre)
+    return fusion.fuse_match(host, base, experts, weights, [(0.0, 1.2)], kind, 1e-2, centre, 32)
 
 
 def mixture(host: Tensor, base: Tensor, *experts: Tensor) -> Tensor:
