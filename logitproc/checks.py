@@ -36,6 +36,13 @@ def whole(key: str, value: Any, low: int) -> None:
         raise ValueError(f"{key} must be a whole number of at least {low}, got {value!r}.")
 
 
+def whole_up_to(key: str, value: Any, low: int, most: int, of: str) -> None:
+    """Raise unless value is a whole number (no bool) from `low` to `most`, which is the number of what `of` names."""
+    whole(key, value, low)
+    if value > most:
+        raise ValueError(f"{key} must be at most {most}, the number of {of}, got {value}.")
+
+
 def true_or_false(key: str, value: Any) -> None:
     """Raise unless value is a bool."""
     if not isinstance(value, bool):

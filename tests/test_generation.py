@@ -209,9 +209,12 @@ def test_companions_start_early_where_a_step_continues_the_one_before(options, h
 
 def test_a_host_that_is_its_own_companion_starts_nothing(monkeypatch):
     host, draft = tiny_model(), lp.Companion(tiny_model(1))
+    started: list[Tensor] = []
+    monkeypatch.setattr(lp.Companion, "start", lambda companion, newest: started.append(newest))
     monkeypatch.setattr(generation, "_runs_behind", lambda model: True)
     chain = lp.Chain([lp.get("fusion")(draft, lp.Companion(host), mode="newton")])
     out = lp.generate(host, chain, input_ids=PADDED, attention_mask=MASK, max_new_tokens=6, do_sample=False)
+    assert not started
     monkeypatch.undo()
     assert torch.equal(out, lp.generate(host, chain, input_ids=PADDED, attention_mask=MASK, max_new_tokens=6,
                                         do_sample=False))  # fmt: skip

@@ -39,7 +39,7 @@ def mounted(model: Any, module: Any) -> Iterator[Any]:
 
 
 def own_head(model: Any) -> nn.Linear:
-    """The output layer of a model, or a linear layer itself, after every check of what heads are made from."""
+    """The output layer of a model, or a linear layer itself. ValueError unless it is linear and the model's own."""
     own = model if isinstance(model, nn.Linear) else model.get_output_embeddings()
     if isinstance(own, Head):
         raise ValueError(
@@ -48,9 +48,13 @@ def own_head(model: Any) -> nn.Linear:
         )
     if not isinstance(own, nn.Linear):
         raise ValueError(f"Heads stand for a linear output layer; this model has {type(own).__name__}.")
-    if not all(torch.isfinite(parameter).all() for parameter in own.parameters()):
-        raise ValueError("The head of this model holds NaN or infinite weights; load an intact checkpoint.")
     return own
+
+
+def check_finite(own: nn.Linear) -> None:
+    """Raise ValueError for NaN or infinite weights, before a head is made from them; reads them all."""
+    if not all(torch.isfinite(part).all() for parameter in own.parameters() for part in parameter.split(4096)):
+        raise ValueError("The head of this model holds NaN or infinite weights; load an intact checkpoint.")
 
 
 class _Probe(nn.Module):
@@ -60,13 +64,18 @@ class _Probe(nn.Module):
         return torch.linspace(-50, 50, 41).to(hidden).expand(*hidden.shape[:-1], -1)
 
 
+def softcap_in_config(model: Any) -> float | None:
+    """The cap of a model that soft-caps the logits of its head, as its config says."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
 @torch.no_grad()
 def softcap_of(model: Any) -> float | None:
     """The cap of a model that soft-caps the logits of its head, as its config says and a step of it confirms.
 
     Raises ValueError when the model changes its head's logits in another way: scales them, for one.
     """
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    cap = softcap_in_config(model)
     with mounted(model, _Probe()) as probe:
         found = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits
     if not torch.allclose(found.float(), softcapped(probe(found), cap).float(), rtol=0.02):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..artifact import describe_tokenizer
 from ..corpus import documents
-from .attachment import mounted, own_head, softcap_of
+from .attachment import check_finite, mounted, own_head, softcap_of
 from .clustering import Progress, Report
 from .floors import tie_floor, tie_floor_min
 from .head import fingerprint, softcapped
@@ -65,6 +65,7 @@ class Calibration:
         model changes its logits after the head otherwise than by soft-capping them.
         """
         own = own_head(model)
+        check_finite(own)
         weight, bias = own.weight.detach(), None if own.bias is None else own.bias.detach()
         softcap = softcap_of(model)
         if tokenizer is None:

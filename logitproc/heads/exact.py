@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import one_of
-from .attachment import own_head, softcap_of
+from .attachment import check_finite, own_head, softcap_of
 from .head import DenseHead, Head, fingerprint, name_of, softcapped
 from .planes import Planes, States, round_states, rounding, scores
 
@@ -109,12 +109,18 @@ class ExactHead(Head):
     ) -> "ExactHead":  # fmt: skip
         """An exact head for a model, or for a linear layer; shares its rows. No text is needed.
 
-        Raises ValueError for an m outside 1..64 or above the vocabulary, an unknown kind or mode, and weights that
-        are NaN or infinite.
+        `softcap` is the cap c of c tanh(z / c) where the logits z are soft-capped afterwards, and the winner is that
+        of the capped ones. By default it is that of the model, which then runs once over one token, with a probe in
+        the place of its head; a linear layer alone has none.
+
+        Raises ValueError for an m outside 1..64 or above the vocabulary, an unknown kind or mode, an output layer that
+        is not linear or is a head of this package already, weights that are NaN or infinite, and, where the model
+        runs, one that changes its head's logits otherwise than by soft-capping: scales them, for one.
         """
         one_of("kind", kind, ("exact_int8", "exact_nested"))
         one_of("mode", mode, MODES)
         own = own_head(model)
+        check_finite(own)
         if not 1 <= m <= min(MOST, own.out_features):
             raise ValueError(f"m must be between 1 and {min(MOST, own.out_features)}, got {m}.")
         if softcap is None and own is not model:

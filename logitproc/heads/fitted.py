@@ -53,7 +53,7 @@ class FittedHead(Head, Artifact):
         kind = kind_of(folder, base)
         found = KINDS.get(kind)
         if found is None or not issubclass(found, FittedHead):
-            raise ValueError(f"{folder} holds a {kind!r}, not a head.")
+            raise ValueError(f"{folder} holds a {kind!r}, not a fitted head.")
         return super(FittedHead, found).load(folder, base)
 
 

@@ -10,9 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole_up_to
 from .fitted import FittedHead
 from .head import DenseHead, Head, name_of, zeros
 
+TOKENS, FEATURES = "tokens of the vocabulary", "features of a hidden state"
 _GATHERED = 1 << 24  # numbers of rows gathered at once
 
 
@@ -33,7 +35,11 @@ class RefinedHead(FittedHead):
 
     @classmethod
     def of(cls, head: Head, weight: Tensor, bias: Tensor | None = None, *, best: int) -> Self:
-        """`head` refined by `weight` [V, d] and `bias` [V], which are shared and not copied."""
+        """`head` refined by `weight` [V, d] and `bias` [V], which are shared and not copied.
+
+        Raises ValueError unless `best` is a whole number from 1 to V.
+        """
+        whole_up_to("best", best, 1, head.out_features, TOKENS)
         dense = DenseHead.of(weight, bias)
         with torch.device("meta"):
             new = cls(
@@ -48,7 +54,7 @@ class RefinedHead(FittedHead):
         states = hidden.reshape(-1, self.in_features)
         block = max(1, _GATHERED // (self.best * self.in_features))
         parts = zip(states.split(block), approximate.split(block), strict=True)
-        return torch.cat([self._rescored(*part) for part in parts]).reshape(*hidden.shape[:-1], -1)
+        return torch.cat([self._rescored(*part) for part in parts]).reshape(*hidden.shape[:-1], self.out_features)
 
     def _rescored(self, states: Tensor, approximate: Tensor) -> Tensor:
         ids = approximate.topk(self.best, sorted=False).indices
@@ -89,7 +95,11 @@ class ScreenedHead(FittedHead):
     @classmethod
     @torch.no_grad()
     def of(cls, weight: Tensor, bias: Tensor | None, products: Tensor, *, directions: int) -> Self:
-        """For weight [V, d] and bias [V]; products [d, d] is proportional to E[h h^T]."""
+        """For weight [V, d] and bias [V]; products [d, d] is proportional to E[h h^T].
+
+        Raises ValueError unless `directions` is a whole number from 1 to d.
+        """
+        whole_up_to("directions", directions, 1, weight.shape[1], FEATURES)
         head = cls(weight.shape[1], weight.shape[0], directions, bias is not None, name_of(weight.dtype))
         head = head.to(weight.device)
         basis = torch.linalg.eigh(products.double()).eigenvectors.flip(1).float()
@@ -102,6 +112,8 @@ class ScreenedHead(FittedHead):
         return head
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if not hidden.numel():
+            return hidden.new_empty(*hidden.shape[:-1], self.out_features)
         coordinates = hidden.reshape(-1, self.in_features) @ self.basis
         chosen = (coordinates.abs() * self.norms).topk(self.directions).indices
         logits = torch.stack([t[i] @ self.columns[i] for t, i in zip(coordinates, chosen, strict=True)])

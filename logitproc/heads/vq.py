@@ -22,17 +22,17 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ..checks import in_range, whole
+from ..checks import in_range, one_of, whole, whole_up_to
 from ..ops.dispatch import op
 from ..registry import unknown
-from .attachment import own_head
+from .attachment import check_finite, own_head, softcap_in_config
 from .calibration import Calibration, Floors, Statistics, codes_sum
 from .clustering import Progress, Report, kmeans, means
 from .evaluation import evaluate
 from .fitted import FittedHead
 from .floors import check_codes, tie_floor_min
 from .head import KINDS, fingerprint, name_of, zeros
-from .refine import RefinedHead, ScreenedHead
+from .refine import FEATURES, TOKENS, RefinedHead, ScreenedHead
 
 _CACHED = 1 << 27  # scores of codes, or teacher posteriors, held at once
 _POINTS = 1 << 30  # whitened rows held in float32; more of them are held in bfloat16
@@ -82,8 +82,9 @@ class VQHead(FittedHead):
         return spread(scores, self.mapping, self.bias, extra)
 
     def _products(self, hidden: Tensor) -> Tensor:
-        """c_k . h, [..., K]; of one state on a CPU by `mv`, which is faster than `linear`."""
-        if hidden.numel() == self.in_features and hidden.device.type == "cpu":
+        """c_k . h, [..., K]; of one state on a CPU by `mv`, which is faster than `linear` but not cast by autocast."""
+        one = hidden.numel() == self.in_features and hidden.device.type == "cpu"
+        if one and hidden.dtype is self.codes.dtype and not torch.is_autocast_enabled("cpu"):
             return torch.mv(self.codes, hidden.flatten()).reshape(*hidden.shape[:-1], -1)
         return nn.functional.linear(hidden, self.codes)
 
@@ -182,20 +183,24 @@ class VQHead(FittedHead):
 
         The same seed, device and number of threads give the same head.
 
-        Raises ValueError for more codes than tokens or none, `codes` beside `screened`, counts out of range, a text
-        with fewer tokens than codes or for another model, and what `Calibration.collect` refuses; LookupError for
-        an unknown kind or option.
+        Raises ValueError for more codes than tokens or none, codes that books do not divide, `codes` beside `screened`,
+        counts out of range, a text with fewer tokens than codes or for another model, and what `Calibration.collect`
+        refuses; LookupError for an unknown kind or option.
         """
-        weight = own_head(model).weight
-        solve = _check(weight, codes, kind, refine, screened, options)
-        if not isinstance(calibration, Calibration):
+        own = own_head(model)
+        weight = own.weight
+        softcap = calibration.softcap if isinstance(calibration, Calibration) else softcap_in_config(model)
+        solve = _check(weight, softcap, codes, kind, refine, screened, options)
+        if isinstance(calibration, Calibration):
+            check_finite(own)
+        else:
             calibration = Calibration.collect(model, calibration, tokenizer, tokens=tokens, report=report)
         if calibration.weight.shape != weight.shape or calibration.source != fingerprint(weight):
             raise ValueError("The calibration was collected from another model; collect it from this one.")
         if len(calibration.states) < (least := max(codes or 0, 10)):
             raise ValueError(
                 f"The calibration text is too short: it has {len(calibration.states)} tokens; give at least {least}, "
-                "as many as codes, better ten times as many."
+                "better ten times as many."
             )
         train, held = calibration.parts
         head: FittedHead
@@ -284,8 +289,9 @@ def _fitted() -> dict[str, type[VQHead]]:
 
 
 def _check(
-    weight: Tensor, codes: int | None, kind: str, refine: int, screened: int, options: dict[str, Any]
-) -> type[VQHead]:
+    weight: Tensor, softcap: float | None, codes: int | None, kind: str, refine: int, screened: int,
+    options: dict[str, Any],
+) -> type[VQHead]:  # fmt: skip
     """The class of `kind`, after every check of what `VQHead.fit` was asked for."""
     if kind not in _fitted():
         raise unknown("kind of head", kind, _fitted())
@@ -299,15 +305,22 @@ def _check(
     for key in options:
         if key not in solve.options:
             raise unknown(f"option of {kind!r}", key, solve.options)
+    options = solve.options | options
     in_range("singletons", options.get("singletons", 0), 0, 1)
-    whole("epochs", options.get("epochs", 0), 0)
-    for name, given, most, of in (
-        ("refine", refine, width, "tokens of the vocabulary"), ("screened", screened, d, "features of a hidden state"),
-        ("rank", options.get("rank", 0), d, "features of a hidden state"),
-    ):  # fmt: skip
-        whole(name, given, 0)
-        if given > most:
-            raise ValueError(f"{name} must be at most {most}, the number of {of}, got {given}.")
+    one_of("start", options.get("start", "weighted"), ("weighted", "paper"))
+    whole("epochs", options.get("epochs", 1), 1)
+    books = options.get("books", 1)
+    whole("books", books, 1)
+    if codes is not None and codes % books:
+        raise ValueError(f"{codes} codes cannot be divided among {books} books.")
+    whole_up_to("refine", refine, 0, width, TOKENS)
+    whole_up_to("screened", screened, 0, d, FEATURES)
+    whole_up_to("rank", options.get("rank", 0), 0, d, FEATURES)
+    if kind == "distilled" and softcap is not None:
+        raise ValueError(
+            "This model soft-caps its logits, and kind 'distilled' is for plain ones; take weighted, tiebreak or "
+            "residual."
+        )
     return solve
 
 
@@ -390,13 +403,6 @@ class DistilledHead(VQHead):
 
     @classmethod
     def solve(cls, problem: Problem, **options: Any) -> "VQHead":
-        if problem.train.softcap is not None:
-            raise ValueError(
-                "This model soft-caps its logits, and kind 'distilled' is for plain ones; take weighted, tiebreak or "
-                "residual."
-            )
-        if options["start"] not in ("weighted", "paper"):
-            raise ValueError(f"start must be weighted or paper, got {options['start']!r}.")
         start = _fitted()[options["start"]].solve(problem, singletons=options["singletons"])
         best, least = start, evaluate(start, problem.held).kl
         if problem.report is not None:  # no training brings the KL below this mapping's information
@@ -462,8 +468,6 @@ class ResidualHead(VQHead):
         books, weight, statistics = options["books"], problem.weight, problem.statistics
         if books == 1:
             return cls.like(WeightedHead.solve(problem, singletons=0.0))
-        if books < 1 or problem.codes % books:
-            raise ValueError(f"{problem.codes} codes cannot be divided among {books} books.")
         size, curvature, root = problem.codes // books, statistics.curvature, statistics.root
         left = whiten(weight, root)  # of the rows
         approximate = torch.zeros_like(curvature)  # their mean logits

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from logitproc.heads import Calibration
 
@@ -31,6 +32,8 @@ def calibration(seed: int = 0, bias: Tensor | None = None, **kwargs) -> Calibrat
 
 class Stub:
     """What `VQHead.fit` asks of a model when it is given a calibration."""
+
+    config = PreTrainedConfig()
 
     def __init__(self, calibration: Calibration):
         self.head = torch.nn.Linear(1, 1)

@@ -109,6 +109,16 @@ def test_all_forms_of_logits_to_keep_work():
         assert torch.equal(made(PROMPT, logits_to_keep=torch.tensor([1, 3])).logits, whole[:, [1, 3]])
 
 
+@pytest.mark.parametrize("mount", [lp.attach, lp.convert])
+def test_the_weights_that_a_head_replaces_are_not_searched_for_nan(mount):
+    made = model()
+    head = head_for(made)
+    made.lm_head.weight.data[-1] = torch.nan
+    mounted = mount(made, head)
+    speaker = made if mount is lp.attach else mounted
+    assert speaker(PROMPT).logits.isfinite().all()
+
+
 # --- convert ---
 
 

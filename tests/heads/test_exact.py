@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 import logitproc as lp
 from logitproc import ops
@@ -359,6 +359,15 @@ def test_bad_input_is_refused_in_one_sentence():
     for sentence, given in cases.items():
         with pytest.raises(ValueError, match=sentence):
             ExactHead.of(own, **given)
+    scaled = AutoModelForCausalLM.from_config(GraniteConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0, logits_scaling=4.0,
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="changes its logits after the head, not by soft-capping alone"):
+        ExactHead.of(scaled)
+    scaled.lm_head = nn.Sequential(scaled.lm_head)
+    with pytest.raises(ValueError, match="linear output layer; this model has Sequential"):
+        ExactHead.of(scaled)
     own.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite weights"):
         ExactHead.of(own)

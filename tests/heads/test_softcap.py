@@ -83,6 +83,9 @@ def test_exact_heads_say_the_same_through_the_cap(model, kind):
     assert head.counters["rows"] >= 40 and not head.counters["uncovered"]
 
 
-def test_distillation_is_refused(model, reading):
-    with pytest.raises(ValueError, match="soft-caps its logits, and kind 'distilled' is for plain ones"):
-        lp.VQHead.fit(model, reading, codes=40, kind="distilled")
+def test_distillation_is_refused_before_a_text_is_read(model, reading):
+    texts = iter(TEXT)
+    for calibration in (reading, texts):
+        with pytest.raises(ValueError, match="soft-caps its logits, and kind 'distilled' is for plain ones"):
+            lp.VQHead.fit(model, calibration, codes=40, kind="distilled", tokenizer=tiny_tokenizer())
+    assert next(texts) == TEXT[0]

@@ -10,6 +10,7 @@ from logitproc.heads import (
     Int4Head,
     Int8Head,
     RefinedHead,
+    ScreenedHead,
     Statistics,
     VQHead,
     evaluate,
@@ -22,6 +23,13 @@ from logitproc.heads.vq import Problem, distil, matched_bias, posterior_loss
 from .conftest import D, Stub, V, calibration, random_head
 
 FITTED = ("paper", "weighted", "distilled", "tiebreak", "residual")
+
+
+class Unreadable:
+    """A text that nobody may read: what is wrong with a call is said before."""
+
+    def __iter__(self):
+        raise AssertionError("the text was read")
 
 
 def fit(cal, kind, codes=16, **options):
@@ -158,6 +166,14 @@ def test_many_states_are_refined_in_blocks(cal, heads, monkeypatch):
     assert head(cal.states[:6].reshape(2, 3, D)).shape == (2, 3, V)
 
 
+@pytest.mark.parametrize("shape", [(0, D), (2, 0, D)])
+def test_no_states_have_no_logits(cal, heads, shape):
+    screened = ScreenedHead.of(cal.weight, None, torch.eye(D), directions=4)
+    refined = [RefinedHead.of(inner, cal.weight, best=4) for inner in (heads["weighted"], screened)]
+    for head in (heads["weighted"], screened, *refined):
+        assert head(torch.empty(shape)).shape == (*shape[:-1], V)
+
+
 def test_a_dense_bias_is_kept():
     beta = torch.randn(V, generator=torch.Generator().manual_seed(1))
     cal = calibration(bias=beta)
@@ -243,6 +259,15 @@ def test_distillation_of_the_papers_codes_adds_no_bias(cal):
     head = fit(cal, "distilled", start="paper", epochs=30)
     assert head.bias is None and head.num_float_params() == 16 * D
     assert head.about["held_out"]["kl"] < fit(cal, "paper").about["held_out"]["kl"]
+
+
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+def test_under_autocast_one_state_has_the_logits_it_has_among_others(heads, states):
+    h = random_head()[1][:3].to(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        one, several = heads["weighted"](h[:1]), heads["weighted"](h)[:1]
+    assert one.dtype is several.dtype is torch.bfloat16
+    torch.testing.assert_close(one, several)
 
 
 # --- from K logits ---
@@ -389,7 +414,10 @@ def test_bad_input_is_refused_in_one_sentence(cal):
         "option of 'paper' 'rank'": {"codes": 8, "kind": "paper", "rank": 2},
         "kind of head 'wieghted'. Did you mean 'weighted'": {"codes": 8, "kind": "wieghted"},
         "16 codes cannot be divided among 3 books": {"codes": 16, "kind": "residual", "books": 3},
-        "start must be weighted or paper": {"codes": 8, "kind": "distilled", "start": "tiebreak"},
+        "15 codes cannot be divided among 2 books": {"codes": 15, "kind": "residual"},
+        "books must be a whole number of at least 1, got '2'": {"codes": 8, "kind": "residual", "books": "2"},
+        "books must be a whole number of at least 1, got 1.5": {"codes": 8, "kind": "residual", "books": 1.5},
+        "start must be one of weighted, paper, got 'tiebreak'": {"codes": 8, "kind": "distilled", "start": "tiebreak"},
         "codes is missing: how many the head has; or give screened": {},
         "screened takes directions in place of codes; leave out codes": {"codes": 8, "screened": 4},
         "leave out codes, kind and its options": {"kind": "paper", "screened": 4},
@@ -398,21 +426,34 @@ def test_bad_input_is_refused_in_one_sentence(cal):
         "screened must be at most 12, the number of features of a hidden state, got 13": {"screened": 13},
         "screened must be a whole number of at least 0, got 0.5": {"screened": 0.5},
         "rank must be at most 12, the number of features": {"codes": 8, "kind": "tiebreak", "rank": 13},
-        "epochs must be a whole number of at least 0, got -1": {"codes": 8, "kind": "distilled", "epochs": -1},
+        "epochs must be a whole number of at least 1, got 0": {"codes": 8, "kind": "distilled", "epochs": 0},
         r"singletons must be a number in .0, 1., got 2": {"codes": 8, "singletons": 2},
     }
     for sentence, given in cases.items():
-        with pytest.raises((ValueError, LookupError), match=sentence):
-            VQHead.fit(Stub(cal), cal, **given)
-    with pytest.raises(ValueError, match="too short: it has 30 tokens; give at least 40"):
-        VQHead.fit(Stub(cal), cal.first(30), codes=40)
+        for text in (cal, Unreadable()):
+            with pytest.raises((ValueError, LookupError), match=sentence):
+                VQHead.fit(Stub(cal), text, **given)
+    for given in ({"codes": 40}, {"screened": 4}):
+        least = given.get("codes", 10)
+        with pytest.raises(ValueError, match=f"too short: it has 9 tokens; give at least {least}, better ten times"):
+            VQHead.fit(Stub(cal), cal.first(9), **given)
     with pytest.raises(ValueError, match="collected from another model"):
         VQHead.fit(Stub(calibration(seed=5)), cal, codes=8)
+    for best, sentence in ((0, "whole number of at least 1, got 0"), (62, "at most 61, the number of tokens")):
+        with pytest.raises(ValueError, match=f"best must be a? ?{sentence}"):
+            RefinedHead.of(KINDS["paper"].build(torch.zeros(4, D), torch.zeros(V)), cal.weight, best=best)
+    for directions, sentence in ((0, "whole number of at least 1, got 0"), (13, "at most 12, the number of features")):
+        with pytest.raises(ValueError, match=f"directions must be a? ?{sentence}"):
+            ScreenedHead.of(cal.weight, None, torch.eye(D), directions=directions)
+    broken = calibration()
+    broken.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite weights"):
+        VQHead.fit(Stub(broken), broken, codes=8)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, heads):
     heads["paper"].save(tmp_path / "head")
     text = (tmp_path / "head/artifact.json").read_text()
     (tmp_path / "head/artifact.json").write_text(text.replace('"kind": "paper"', '"kind": "ngram-prior"'))
-    with pytest.raises(ValueError, match="holds a 'ngram-prior', not a head"):
+    with pytest.raises(ValueError, match="holds a 'ngram-prior', not a fitted head"):
         VQHead.load(tmp_path / "head")
