@@ -193,7 +193,7 @@ class _Bias(ctypes.Structure):
 class _Tables:
     """What the kernel reads of a bias."""
 
-    made: "ClassVar[weakref.WeakKeyDictionary[NGramBias, _Tables]]" = weakref.WeakKeyDictionary()
+    made: ClassVar[dict[int, "_Tables"]] = {}  # by the identity of a bias, while it lives
 
     def __init__(self, ngrams: NGramBias):
         step = torch.nn.functional.pad(ngrams.allowed.int(), (1, 1)).diff()
@@ -205,7 +205,11 @@ class _Tables:
 
     @classmethod
     def of(cls, ngrams: NGramBias) -> "_Tables":
-        return cls.made.get(ngrams) or cls.made.setdefault(ngrams, cls(ngrams))
+        found = cls.made.get(id(ngrams))
+        if found is None:
+            found = cls.made[id(ngrams)] = cls(ngrams)
+            weakref.finalize(ngrams, cls.made.pop, id(ngrams))
+        return found
 
 
 def _table(table: NGramTable) -> _Table:
