@@ -277,6 +277,9 @@ def spread(scores: Tensor, mapping: Tensor, bias: Tensor | None = None, extra: T
     if scores.dtype is torch.float16 or mapping.dtype != torch.int32 or not scores.numel():
         return NotImplemented
     (books, width), codes = mapping.shape, scores.shape[-1]
+    for term, shape in ((bias, (width,)), (extra, (*scores.shape[:-1], width))):
+        if term is not None and (term.shape != shape or (term.requires_grad and torch.is_grad_enabled())):
+            return NotImplemented
     out = scores.new_empty(*scores.shape[:-1], width)
     given, *more = (None if x is None else x.float().contiguous() for x in (scores, bias, extra))
     call("spread", given, mapping.contiguous(), *more, out, scores.numel() // codes, books, codes, width,

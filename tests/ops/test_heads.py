@@ -6,7 +6,7 @@ import torch
 from logitproc import ops
 from logitproc.heads.vq import spread
 from logitproc.methods.vq import share_logits
-from logitproc.ops import cpu
+from logitproc.ops import cpu, dispatch
 
 CUDA = torch.cuda.is_available()
 DEVICES = [
@@ -60,6 +60,29 @@ def test_spread_in_cpp_is_that_of_plain_torch_bit_for_bit(shape, codes, width, t
             torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def kernels(request):
+    if reason := dispatch.unavailable(request.param):
+        pytest.skip(reason)
+    with ops.backend(request.param):
+        yield
+
+
+@pytest.mark.parametrize("wanted", ["bias", "extra"])
+def test_spread_has_gradients_by_all_it_adds(wanted, kernels):
+    added = {"bias": torch.zeros(4), "extra": torch.zeros(2, 4)}
+    added[wanted].requires_grad_()
+    mapping = torch.tensor([[0, 1, 2, 0]], dtype=torch.int32)
+    spread(torch.ones(2, 3), mapping, **added).sum().backward()
+    assert torch.equal(added[wanted].grad, torch.full((4,), 2.0) if wanted == "bias" else torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("key, shape", [("bias", (3,)), ("extra", (2, 3)), ("extra", (3, 20))])
+def test_spread_reads_nothing_past_the_end(key, shape, kernels):
+    with pytest.raises(RuntimeError, match="must match"):
+        spread(torch.ones(2, 5), torch.zeros(1, 20, dtype=torch.int32), **{key: torch.zeros(shape)})
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")

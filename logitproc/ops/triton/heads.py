@@ -31,6 +31,9 @@ def _spread_kernel(
 
 def spread(scores: Tensor, mapping: Tensor, bias: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
     books, width = mapping.shape
+    for term, shape in ((bias, (width,)), (extra, (*scores.shape[:-1], width))):
+        if term is not None and (term.shape != shape or (term.requires_grad and torch.is_grad_enabled())):
+            return NotImplemented
     out = scores.new_empty(*scores.shape[:-1], width)
     if out.numel():
         _spread_kernel[out.numel() // width, triton.cdiv(width, BLOCK)](
