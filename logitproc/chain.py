@@ -76,7 +76,8 @@ class Chain(LogitsProcessor):
         """Process rows as `Processor.apply` does, one processor after the other.
 
         `ask` gives the scores of a processor's companions; by default they are asked now. `evidence` is what
-        the texts have gathered for the processor of each index. What those processors see is put into `seen`.
+        the texts have gathered for the processor of each index. What those see that learn from drawn tokens is put
+        into `seen`.
         """
         for index, processor in enumerate(self.processors):
             if ask is None:
@@ -85,7 +86,7 @@ class Chain(LogitsProcessor):
                 companion_scores = ask(processor, history, generated)
             if companion_scores is None:
                 continue
-            if seen is not None and processor.evidence_size:
+            if seen is not None and processor.evidence_size and processor.learns_from_drawn:
                 seen[index] = Seen(scores.float(), companion_scores)
             total = None if evidence is None else evidence.get(index)
             scores = processor.apply(history, scores, generated, companion_scores, total)

@@ -25,6 +25,18 @@ class WatchedLogitsProcessor(BlendLogitsProcessor):
         return super().step(tokens, scores, *advice, evidence=evidence)
 
 
+class OfThePrompt:
+    """Counts the calls of a function, which must be about given tokens: the host's scores are not known there."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, tokens, scores, *companion_scores):
+        assert scores is None
+        self.calls += 1
+        return self.function(tokens, scores, *companion_scores)
+
+
 def blend() -> lp.Chain:
     return lp.Chain([WatchedLogitsProcessor(tiny_companion(WIDTH))])
 
@@ -58,7 +70,9 @@ def test_who_does_not_learn_from_what_it_drew_keeps_the_evidence_of_the_prompt(m
     for options in ({}, {"num_beams": 4, "num_return_sequences": 2}):
         chain, ids = blend(), texts(2, 5)
         chain.processors[0].learns_from_drawn = False
+        chain.processors[0].evidence = counted = OfThePrompt(chain.processors[0].evidence)
         generate(model, chain, ids, max_new_tokens=6, **options)
+        assert counted.calls == 1, "for the prompt, and no work at any step"
         for tokens, found in chain.processors[0].seen:
             for row, total in zip(tokens, found, strict=True):
                 torch.testing.assert_close(total, by_hand(model, chain, row[:5], 5), rtol=1e-4, atol=1e-4)
