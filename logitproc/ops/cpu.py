@@ -201,7 +201,7 @@ class _Tables:
         self.tables = (_Table * len(ngrams.tables))(*map(_table, ngrams.tables))
         where = ctypes.addressof(self.tables), self.spans.data_ptr()
         self.bias = (_Bias * 1)(_Bias(*where, len(self.tables) > 1, len(self.spans)))
-        self.reach = max(table.order for table in ngrams.tables) - 1
+        self.reach, self.vocabulary = max(table.order for table in ngrams.tables) - 1, len(ngrams.allowed)
 
     @classmethod
     def of(cls, ngrams: NGramBias) -> "_Tables":
@@ -226,9 +226,9 @@ def add_ngrams(
     if clip < math.inf or budget < math.inf or len(native.tables) > 2:
         return NotImplemented
     (rows, width), reach = scores.shape, tokens.shape[1]
-    if reach < native.reach or width < len(ngrams.allowed):
+    if reach < native.reach or width < native.vocabulary:
         return NotImplemented  # the kernel would read and write outside
-    scores = scores.contiguous()
+    scores = scores if scores.is_contiguous() else scores.contiguous()
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # the last columns of a history, often
     out = torch.empty_like(scores)
     limit = math.log(plausibility) - 1e-6 if plausibility else 0.0
