@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from .bundled import find_model
+from .checks import one_of
 
 Prompt = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
 
@@ -38,6 +39,9 @@ _PROBE = (
 )
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 _GROWING_ROPE = ("dynamic", "longrope")  # keys depend on the length of the text
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers whose cache can be cropped
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SPREAD = ("auto", "balanced")  # over all devices, in place of one
 _NEAR = 1024  # widths of one vocabulary differ by padding at most
 
 
@@ -68,7 +72,8 @@ class Companion:
         prompt: what the companion reads in place of the host's prompt: a text, token ids, or a function from
             the host's prompt (token ids without padding) to token ids. The generated tokens follow it.
         pad_token_id: for calls without a mask; that of the tokenizer or the model if left out.
-        cache: False computes every text anew, for models whose cache cannot be cropped.
+        cache: False computes every text anew, as is done anyway with models whose cache cannot be cropped: those
+            with recurrent or convolutional layers (Mamba, Qwen3.5, LFM2) and with a RoPE that grows.
         overflow: what becomes of a text longer than the model reads. "error" raises `ContextOverflow`;
             "truncate" drops the oldest tokens, half a context at a time; "off" gives no opinion (None), so
             that processors leave the scores alone.
@@ -101,6 +106,7 @@ class Companion:
         rope = getattr(config, "rope_parameters", None) or {}
         self._cacheable = cache and not getattr(model, "_is_stateful", False)
         self._cacheable &= rope.get("rope_type") not in _GROWING_ROPE
+        self._cacheable &= set(getattr(config, "layer_types", None) or ()) <= _ATTENTION
         self._saved: str | dict[str, Any] | None = None
         self._state: _State | None = None
         self._lock, self._warned = threading.RLock(), False
@@ -447,11 +453,13 @@ class Companion:
         """The companion of that name: a folder (relative to `base`), a bundled model, or ORG/NAME on the hub.
 
         One process loads a model once, and as long as a companion is in use the same arguments give the same
-        object. `device` is a GPU if there is one; "auto" or "balanced" spreads the model over all. Raises
-        FileNotFoundError when there is no such model, MemoryError when it does not fit on the device.
+        object. `device` is a GPU if there is one; "auto" or "balanced" spreads the model over all. `dtype` is
+        "float32", "bfloat16", "float16" or, as stored, "auto". Raises FileNotFoundError when there is no such
+        model, MemoryError when it does not fit on the device, ValueError for a device that is not there.
         """
         folder = base / model if base is not None and (base / model).is_dir() else Path(model)
         source = find_model(str(folder))
+        one_of("dtype", dtype, _DTYPES)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         weights = (source, revision, dtype, place)
         with _loading:
@@ -619,19 +627,41 @@ def _not_causal(name: str) -> ValueError:
 
 
 def _load_model(name: str, source: str, revision: str | None, dtype: str, device: str) -> Any:
-    if AutoConfig.from_pretrained(source, revision=revision).is_encoder_decoder:
-        raise _not_causal(name)
-    print(f"Loading the companion {name} on {device} (dtype {dtype}) ...", file=sys.stderr)
-    spread = {"device_map": device} if device in ("auto", "balanced") else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, **spread).eval()
     try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except OSError as error:  # which may not say what was looked for
+        raise FileNotFoundError(f"The companion {name} was not found: {error}") from None
+    if config.is_encoder_decoder:
+        raise _not_causal(name)
+    spread = device in _SPREAD
+    if not spread:
+        _check_device(name, device)
+    print(f"Loading the companion {name} on {device} (dtype {dtype}) ...", file=sys.stderr)
+    place = {"device_map": device} if spread else {}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, **place).eval()
         return model if spread else model.to(device)
     except torch.OutOfMemoryError:
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+        size = sum(p.numel() * p.element_size() for p in whole.parameters())
         raise MemoryError(
             f"The companion {name} does not fit on {device}: its weights are {size / 2**30:.2f} GiB. Load it "
             "on another device or in a smaller dtype."
         ) from None
+
+
+def _check_device(name: str, device: str) -> None:
+    try:
+        known = torch.device(device)
+    except RuntimeError:
+        known = None
+    count = torch.cuda.device_count()
+    if known is None or (known.type == "cuda" and (known.index or 0) >= count):
+        raise ValueError(
+            f"The companion {name} cannot be on device {device!r}; take cpu, cuda, cuda:N, {' or '.join(_SPREAD)} "
+            f"(torch sees {count} CUDA devices)."
+        )
 
 
 def _load_tokenizer(source: str, revision: str | None) -> Any:

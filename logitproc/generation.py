@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from .companion import Companion
 from .speculative import Decoder, Speculation
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_NEW_TOKENS = 20  # what transformers generates, within the model's context, when no length is asked for
 
 
 def generate(
@@ -127,10 +129,18 @@ def _check_prompt(
             f"Companions read the tokens of the prompt, and {kind} shows them none; pass input_ids to a "
             "decoder-only model."
         )
+    if not prompt.shape[1]:
+        raise ValueError("The prompt holds no token; begin with BOS.")
     if mask is not None and bool((mask[:, -1] == 0).any()):
         raise ValueError("A prompt ends in padding; pad prompts on the left (padding_side='left').")
-    length, new = prompt.shape[1] if mask is None else int(mask.sum(1).max()), setting("max_new_tokens")
-    total = max(setting("max_length") or 0, length + 1) if new is None else length + new
+    length = prompt.shape[1] if mask is None else int(mask.sum(1).max())
+    new, most = setting("max_new_tokens"), setting("max_length")
+    if new is not None:
+        total = length + new
+    elif most is not None:
+        total = max(most, length + 1)
+    else:
+        total = min(length + _NEW_TOKENS, getattr(model.config, "max_position_embeddings", None) or math.inf)
     for companion in companions:
         if companion.prompt is None:
             companion.check_length(total, needed=needed)
@@ -158,9 +168,13 @@ def _check_speculation(
         raise ValueError(
             "Speculation and assisted decoding exclude each other; the draft is a companion here."
         )
-    for key in ("return_dict_in_generate", "stop_strings"):
-        if setting(key):
-            raise ValueError(f"Speculation returns token ids and does not support {key}; leave it out.")
+    if setting("return_dict_in_generate"):
+        raise ValueError("Speculation returns token ids and does not support return_dict_in_generate; leave it out.")
+    if setting("stop_strings"):
+        raise ValueError(
+            "Speculation does not support stop_strings; pass transformers' "
+            "stopping_criteria=[StopStringCriteria(tokenizer, strings)]."
+        )
 
 
 def _assumed_mask(prompt: Tensor, pad: int | None, eos: int | list[int] | None) -> Tensor | None:

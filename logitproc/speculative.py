@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from .chain import BoundChain, Chain, Positions, asks
 from .companion import Companion
@@ -20,6 +26,8 @@ from .evidence import gather
 from .processor import as_wide
 
 LONGEST = 16  # tokens of a draft
+_TOKENS_ONLY = {"attention_mask", "position_ids", "cache_position"}  # of a host, what follows from its tokens
+_REMEMBER = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 # A token is drafted while it stands with at least this chance. Where a pass of the host costs four of the drafter's, a
 # token costs about 0.4 of it to draft and to verify.
 _WORTH = 0.4
@@ -75,7 +83,8 @@ class Decoder:
 
     `bound` is the chain bound to the prompt, as it stands in `logits_processor`. Every other processor there,
     those of transformers included, is called once for each position, in its place in the list; the draft goes
-    through these too.
+    through these too. So they must remember nothing: ValueError for those of transformers that do, and for what the
+    host is to read beside tokens.
     """
 
     def __init__(self, bound: BoundChain, speculation: Speculation, streamer: Any = None):
@@ -93,7 +102,9 @@ class Decoder:
         **model_kwargs: Any,
     ) -> Tensor:
         """The prompt [1, T] and what follows it, [1, T + n]."""
+        _refuse(logits_processor, model_kwargs)
         host, sampled, done = Companion(model), bool(generation_config.do_sample), False
+        host.max_length = None  # as in plain decoding
         evidence = self.bound.evidence(input_ids, host.width)
         self._expect(sampled)
         self._stream(input_ids)
@@ -209,6 +220,19 @@ class Decoder:
     def _stream(self, tokens: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
+
+
+def _refuse(processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for what would make the text another one."""
+    for processor in processors:
+        if isinstance(processor, _REMEMBER):
+            raise ValueError(
+                f"Speculation drops tokens that a draft got wrong, and {type(processor).__name__} would remember them; "
+                "leave one of the two out."
+            )
+    for key, value in model_kwargs.items():
+        if isinstance(value, Tensor) and key not in _TOKENS_ONLY:
+            raise ValueError(f"Speculation shows the host nothing but tokens and does not support {key}; leave it out.")
 
 
 def sureness(p: Tensor) -> list[int]:

@@ -13,12 +13,15 @@ from conftest import WIDTH, tiny_model, tiny_tokenizer
 from test_companion import FollowLogitsProcessor, make_model, texts
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TextStreamer,
 )
@@ -117,6 +120,23 @@ def test_it_ends_where_plain_decoding_ends(model):
             return torch.full((len(input_ids),), input_ids.shape[1] == 13)
 
     assert run(model, chain, speculative=True, stopping_criteria=[AtThirteen()]).shape == (1, 13)
+
+
+def test_it_ends_at_a_stop_string_as_plain_decoding_does():
+    base, mini = (AutoModelForCausalLM.from_pretrained(lp.pocket(name)) for name in ("base", "mini"))
+    tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
+    chain = lp.Chain([FollowLogitsProcessor(Companion(mini))])
+    ids = torch.tensor([tokenizer("The road was long and")["input_ids"]])
+    ending = tokenizer.decode(run(base, chain, ids)[0])[-40:-35]
+    stopped = run(base, chain, ids, stop_strings=[ending], tokenizer=tokenizer)
+    assert stopped.shape[1] < ids.shape[1] + 30
+    criteria = [StopStringCriteria(tokenizer, [ending])]
+    assert torch.equal(run(base, chain, ids, speculative=True, stopping_criteria=criteria), stopped)
+
+
+def test_a_host_goes_on_beyond_its_context_as_in_plain_decoding():
+    host, chain = make_model(context=16), fused()
+    assert torch.equal(run(host, chain, speculative=True), run(host, chain))
 
 
 def test_a_streamer_sees_every_token(model, capsys):
@@ -280,7 +300,8 @@ def test_what_speculation_cannot_do_is_refused(model, draft):
         ({"do_sample": True, "num_return_sequences": 2}, "got 2 sequences"),
         ({"assistant_model": draft}, "exclude each other"),
         ({"return_dict_in_generate": True}, "does not support return_dict_in_generate"),
-        ({"stop_strings": ["w5"]}, "does not support stop_strings"),
+        ({"stop_strings": ["w5"]}, "does not support stop_strings; pass transformers' stopping_criteria="),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor would remember"),
     ):
         given = {
             "input_ids": PROMPT,
@@ -289,6 +310,8 @@ def test_what_speculation_cannot_do_is_refused(model, draft):
         } | options
         with pytest.raises(ValueError, match=words):
             lp.generate(model, chain, speculative=True, **given)
+    with pytest.raises(ValueError, match="nothing but tokens and does not support token_type_ids"):
+        run(make_model("gpt2"), chain, speculative=True, token_type_ids=PROMPT)
     with pytest.raises(ValueError, match="from 1 to 16 tokens, got 0"):
         Speculation(tokens=0)
     own = lp.Chain([FollowLogitsProcessor(Companion(make_model(), prompt=[1]))])

@@ -17,6 +17,7 @@ leaves out the 1/2 of the total variation: `tvd_units="code"`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -199,6 +200,10 @@ class AlignDistilLogitsProcessor(Processor):
     def __post_init__(self) -> None:
         if self.reverse is None and self.dpo is None:
             raise ValueError("'aligndistil' needs reverse, dpo or both: --proc aligndistil:reverse=MODEL")
+        for key in self.companions:
+            if not isinstance(getattr(self, key), Companion | None):
+                kind = type(getattr(self, key)).__name__
+                raise ValueError(f"{key} must be a Companion (Companion.load(NAME)), got {kind}.")
         one_of("anchor", self.anchor, ("host", "dpo"))
         one_of("tvd_units", self.tvd_units, ("paper", "code"))
         if self.anchor == "dpo" and self.dpo is None:
@@ -215,6 +220,8 @@ class AlignDistilLogitsProcessor(Processor):
         if self.kl_cap is not None:
             in_range("kl_cap", self.kl_cap, 0, math.inf)
         if self.clamp is not None:
+            if not isinstance(self.clamp, Sequence) or len(self.clamp) != 2:
+                raise ValueError(f"clamp must be (low, high), got {self.clamp!r}.")
             low, high = self.clamp
             self.clamp = (low, high)
             in_range("clamp (low)", low, -FARTHEST, FARTHEST)

@@ -446,10 +446,10 @@ class DynamicFusionLogitsProcessor(Processor):
         return beta
 
     def _read_bounds(self) -> list[tuple[float, float]]:
-        pairs: list[Any] = list(self.bounds)
+        pairs: list[Any] = list(self.bounds) if isinstance(self.bounds, Sequence) else []
         if all(isinstance(bound, int | float) for bound in pairs):
             pairs = [pairs]
-        if len(pairs) not in (1, self._count) or any(len(pair) != 2 for pair in pairs):
+        if len(pairs) not in (1, self._count) or any(not isinstance(p, Sequence) or len(p) != 2 for p in pairs):
             raise ValueError(f"bounds must be (low, high), or one such pair an expert, got {self.bounds!r}.")
         for low, high in pairs:
             in_range("bounds", low, 0, 100)
@@ -460,16 +460,17 @@ class DynamicFusionLogitsProcessor(Processor):
 
     def _read_weights(self) -> list[float]:
         """One a expert; they add up to 1."""
-        if isinstance(self.weights, str):
-            one_of("weights", self.weights, ("uniform", "evidence"))
+        given = self.weights
+        if isinstance(given, str):
+            one_of("weights", given, ("uniform", "evidence"))
             return [1 / self._count] * self._count
-        if len(self.weights) != self._count:
-            raise ValueError(f"weights must be one number an expert ({self._count}), got {self.weights!r}.")
-        for value in self.weights:
+        if not isinstance(given, list | tuple) or len(given) != self._count:
+            raise ValueError(f"weights must be one number an expert ({self._count}), got {given!r}.")
+        for value in given:
             in_range("weights", value, 0, math.inf)
-        if not sum(self.weights):
+        if not sum(given):
             raise ValueError("weights must not all be 0.")
-        return [value / sum(self.weights) for value in self.weights]
+        return [value / sum(given) for value in given]
 
     @classmethod
     def example(cls, width: int) -> Self:
