@@ -3,10 +3,12 @@
     python examples/train_pocket.py styles --data DATA --out runs/pocket
     python eval/study.py choose --styles runs/pocket/styles --out runs/study
     python eval/study.py strength --styles runs/pocket/styles --out runs/study
+    python eval/study.py price --styles runs/pocket/styles --out runs/study --model MODEL base
     python eval/study.py report --styles runs/pocket/styles --out runs/study
 
 `choose` generates at a few strengths for every arm and one seed from the prompts on odd lines, and ranks the
 arms by the rule below. `strength` looks closer at the chosen arm and other masks: the same prompts, three seeds.
+`price` holds schedules that bound what a step costs against that arm, on several models.
 `report` takes the prompts on even lines and three seeds: the whole grid, sampled and greedy, for the printed rule
 and the default, a few strengths for their rivals. All resume. `--model` takes any causal LM.
 
@@ -32,6 +34,15 @@ choosing half with three seeds, the setting of largest mean held-out gain that i
 end of the interval of the base difference within BASE_MARGIN) on all corpora, of an arm that collapses nowhere.
 It replaces the default if it gains at least GAIN_KEPT of what the default does there, and if on the reporting half,
 looked at once, it is admissible on all corpora and collapses nowhere.
+
+A default for models that are sure of themselves, too: a rule written on 2026-11-26, before `price` first ran. Of
+SCHEDULES at STRENGTHS, on the choosing half with three seeds, the best is the setting of largest mean held-out gain
+over all corpora of both models, `base` and a third-party one, among those that are safe on all of them, of an arm
+that collapses nowhere. It replaces the default if the default is not safe on all of them, and if it gains at least
+GAIN_KEPT of what the default does on `base`. A setting that is not safe on the first model is not run on the second.
+Seen before that, one seed of the choosing half: `surprisal` with m of 0, .05 and .1 on the third-party model, m of 0
+there with other masks and with guards of 0 and .8, and m of 0 and .05, and a guard of .8, on `base`. The same trial
+made `surprisal` what it is: at first it scaled the bias down, which gained less at the same price.
 """
 
 import argparse
@@ -101,6 +112,18 @@ INSTRUCTIONS = {
 }
 DEFAULT = "backoff wb keep.003 guard2"  # what the rules above chose, at strength .7
 RIVALS = ["backoff wb", "backoff wb guard2", "backoff wb keep.01 guard2"]
+# Schedules of the default arm
+SCHEDULES = {
+    "entropy": {"schedule": "entropy"},
+    "budget.05": {"schedule": "budget(0.05)"},
+    "budget.2": {"schedule": "budget(0.2)"},
+    "surprisal": {"schedule": "surprisal"},
+    "surprisal.05": {"schedule": "surprisal(0.05)"},
+    "surprisal.1": {"schedule": "surprisal(0.1)"},
+    "surprisal guard1.2": {"schedule": "surprisal", "guard": 1.2},
+}
+ARMS |= {name: (3, ARMS[DEFAULT][1] | changed) for name, changed in SCHEDULES.items()}
+STRENGTHS = (0.7, 1.0)
 MASKS = ["backoff wb keep.01 guard2", "backoff wb guard2", "backoff wb keep.02 guard2"]
 
 
@@ -295,6 +318,24 @@ def safe_settings(result: dict) -> list[tuple[str, str, float]]:
     ]  # fmt: skip
 
 
+def priced(studies: dict[str, Study]) -> dict[str, dict]:
+    """{model: judgements} of the default and SCHEDULES at STRENGTHS; on later models only of what is safe so far."""
+    grids, judged = dict.fromkeys([DEFAULT, *SCHEDULES], STRENGTHS), {}
+    for model, study in studies.items():
+        judged[model] = run(study, grids, SEEDS)
+        passed = {(arm, float(strength)) for arm, strength, _ in safe_settings(judged[model])}
+        kept = {arm: tuple(s for s in grid if arm == DEFAULT or (arm, s) in passed) for arm, grid in grids.items()}
+        grids = {arm: grid for arm, grid in kept.items() if grid}
+    return judged
+
+
+def best_everywhere(judged: dict[str, dict]) -> list[tuple[str, str, float]]:
+    """(arm, strength, mean held-out gain over models) of what is safe on every model, best first."""
+    gains = [{(arm, strength): gain for arm, strength, gain in safe_settings(result)} for result in judged.values()]
+    common = set.intersection(*map(set, gains))
+    return sorted(((*key, float(np.mean([g[key] for g in gains]))) for key in common), key=lambda x: -x[2])
+
+
 def default_strength(by_corpus: dict[str, dict[str, dict]]) -> str | None:
     """The strength that the second rule above chooses from {corpus: {strength: judgement}}; None if no one is."""
     strengths = sorted(next(iter(by_corpus.values())), key=float)
@@ -339,7 +380,8 @@ def plot(document: dict[str, dict], path: Path) -> None:
         axes[0].set_ylabel("held-out style loss (nats per token): less is closer")
         for axis, corpus in zip(axes, CORPORA, strict=True):
             notes.append((axis, [note for line in enumerate(result[corpus].items()) for note in draw(axis, *line)]))
-            axis.set(title=f"{TITLES[corpus]}, {TITLES[part]}", xlabel="base loss (nats per token): less is likelier")
+            title = f"{TITLES[corpus]}, {TITLES.get(part, part)}"
+            axis.set(title=title, xlabel="base loss (nats per token): less is likelier")
             axis.grid(alpha=0.25)
             axis.margins(0.12, 0.08)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
@@ -371,8 +413,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("choose", "strength", "report"))
-    parser.add_argument("--model", default="base")
+    parser.add_argument("stage", choices=("choose", "strength", "price", "report"))
+    parser.add_argument("--model", nargs="+", default=["base"], help="several for `price` only")
     parser.add_argument("--styles", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
@@ -383,7 +425,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = prompts[1::2] if args.stage == "report" else prompts[0::2]
-    study = Study(args.model, args.styles, args.out, prompts)
+    studies = {Path(name).name: Study(name, args.styles, args.out, prompts) for name in args.model}
+    study, *others = studies.values()
+    if others and args.stage != "price":
+        parser.error("--model takes one model, several are for `price`")
     if args.stage == "choose":
         arms = args.arms or list(ARMS)
         document = {"sample": run(study, dict.fromkeys(arms, COARSE), SEEDS[:1])}
@@ -397,6 +442,12 @@ if __name__ == "__main__":
             print(f"{arm}: {default_strength({c: document['sample'][c][arm] for c in CORPORA})}")
         for arm, strength, gain in safe_settings(document["sample"]):
             print(f"safe on all corpora: {arm} at {strength}, mean held-out gain {gain:.2f}")
+    elif args.stage == "price":
+        document = priced(studies)
+        for model, judged in document.items():
+            print(f"\n### {model}\n{markdown(judged)}")
+        for arm, strength, gain in best_everywhere(document):
+            print(f"safe on all corpora of all models: {arm} at {strength}, mean held-out gain {gain:.2f}")
     else:
         arms = args.arms or ["paper", DEFAULT]
         grids = dict.fromkeys(arms, tuple(args.grid)) | ({} if args.arms else dict.fromkeys(RIVALS, COARSE))

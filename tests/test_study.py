@@ -72,6 +72,25 @@ def test_a_safe_setting_is_surely_within_the_margin_on_all_corpora_and_its_arm_n
     assert [setting[:2] for setting in study.safe_settings(result)] == [("mild", "0.5")]
 
 
+def test_a_setting_must_be_safe_on_every_model_and_what_is_not_on_one_is_not_run_on_the_next(monkeypatch):
+    judged = lambda base, held_out: study.judge(cells(base, held_out), PLAIN, CONTROLS)
+    verdicts = {"entropy": judged(4.2, 6.0), "surprisal": judged(4.2, 5.0), "budget.2": judged(4.6, 4.0)}
+    asked = []
+
+    def run(model, grids, seeds):
+        asked.append(grids)
+        found = {a: {f"{s:g}": verdicts.get(a, judged(4.7, 4.0)) for s in grid} for a, grid in grids.items()}
+        return {corpus: {"unsteered": {}} | found for corpus in study.CORPORA}
+
+    monkeypatch.setattr(study, "run", run)
+    result = study.priced({"sure": None, "unsure": None})
+    assert set(asked[0]) == {study.DEFAULT, *study.SCHEDULES}
+    assert asked[1] == dict.fromkeys((study.DEFAULT, "entropy", "surprisal"), study.STRENGTHS)
+    best = study.best_everywhere(result)
+    assert {(arm, s) for arm, s, _ in best[:2]} == {("surprisal", "0.7"), ("surprisal", "1")} and len(best) == 4
+    assert best[0][2] == pytest.approx(2.5, abs=0.1)
+
+
 def test_seeds_are_averaged_inside_a_prompt():
     rows = [{"line": 1, "x": 1.0}, {"line": 2, "x": 5.0}, {"line": 1, "x": 3.0}, {"line": 2, "x": 7.0}]
     assert study.Cells(rows).per_prompt("x").tolist() == [2.0, 6.0]

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ratio": {"strength": 0.2, **OFF},
 }
 BY_RULE: Any = None
+SCHEDULES = ("constant", "ramp(n)", "entropy", "budget(eps)", "surprisal", "surprisal(m)")
 SPARSE = ("paper", "lift")  # the rules that leave most tokens alone
 LOWEST = -22.0  # ln of a probability that rounds to 0: a bias steers, it forbids nothing, and exp(4 * 22) is finite
 FOLLOWERS = 512  # the paper keeps so many next tokens of each context
@@ -175,7 +176,9 @@ class NGramStyleLogitsProcessor(Processor):
             were; "drop" forbids the tokens outside. Exempt tokens are neither biased nor forbidden.
         clip: bound on |strength * g|, nats.
         schedule: "constant", "ramp(n)" from 0 over n generated tokens, "entropy" for strength H(p) / ln V,
-            "budget(eps)" to scale the bias of a step down to KL(processed, base) <= eps nats.
+            "budget(eps)" to scale the bias of a step down to KL(processed, base) <= eps nats, "surprisal(m)" to
+            bound the price in fluency: E[-ln p] of the biased tokens rises by at most m nats ("surprisal": 0), as
+            their scores are divided by a temperature below 1 where that is needed; their sum of p stays.
         guard: strength of the loop guard (DRY) in nats, 0 for off; its growth, the match length that is
             still free, and its bound are guard_base, guard_length and guard_cap.
         exempt: further ids that keep their scores. Pad, BOS, unknown and EOS always do; with eos="prior" EOS
@@ -244,7 +247,7 @@ class NGramStyleLogitsProcessor(Processor):
         if self.weights is not None and len(self.weights) != self.prior.order:
             raise ValueError(f"weights must hold {self.prior.order} numbers, got {list(self.weights)}.")
         self._schedule, self._amount = name_and_number(
-            one_of("schedule", self.schedule, ("constant", "entropy", "ramp(n)", "budget(eps)"))
+            one_of("schedule", self.schedule, SCHEDULES)
         )
         one_of("confidence", self.confidence, ("none", "wb", "count(d)"))
         true_or_false("bos", self.bos)
@@ -274,6 +277,8 @@ class NGramStyleLogitsProcessor(Processor):
             "keep": cls(prior, plausibility=0.1, clip=2.0, schedule="entropy"),
             "drop": cls(prior, rule="lift", plausibility=0.05, plausibility_mode="drop"),
             "budget": cls(prior, schedule="budget(0.05)"),
+            "surprisal": cls(prior, strength=1.0, schedule="surprisal"),
+            "surprisal without a mask": cls(prior, schedule="surprisal(0.05)", plausibility=0.0),
             "guard": cls(prior, rule="paper", schedule="ramp(4)", guard=0.8),
         }
 
@@ -309,6 +314,7 @@ class NGramStyleLogitsProcessor(Processor):
             "drop": self.plausibility > 0 and self.plausibility_mode == "drop",
             "clip": math.inf if self.clip is None else self.clip,
             "budget": self._amount if self._schedule == "budget" else math.inf,
+            "surprisal": self._amount if self._schedule == "surprisal" else math.inf,
         }
 
     @functools.cached_property

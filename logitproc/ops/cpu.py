@@ -221,6 +221,7 @@ def _table(table: NGramTable) -> _Table:
 def add_ngrams(
     scores: Tensor, tokens: Tensor, ngrams: NGramBias, factor: Tensor | None = None, *, centred: bool = False,
     plausibility: float = 0.0, drop: bool = False, clip: float = math.inf, budget: float = math.inf,
+    surprisal: float = math.inf,
 ) -> Tensor:  # fmt: skip
     native = _Tables.of(ngrams)
     if clip < math.inf or budget < math.inf or len(native.tables) > 2:
@@ -231,9 +232,10 @@ def add_ngrams(
     scores = scores if scores.is_contiguous() else scores.contiguous()
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # the last columns of a history, often
     out = torch.empty_like(scores)
-    limit = math.log(plausibility) - 1e-6 if plausibility else 0.0
+    limit = math.log(plausibility) - 1e-6 if plausibility else -math.inf
+    rule = 2 if plausibility or surprisal < math.inf else int(centred)
     call("add_ngrams", scores, tokens, tokens.stride(0), factor if factor is None else factor.contiguous(),
-         native.bias, 2 if plausibility else int(centred), limit, drop, out, reach, rows, width)  # fmt: skip
+         native.bias, rule, limit, float(surprisal), drop, out, reach, rows, width)  # fmt: skip
     return out
 
 

@@ -101,6 +101,52 @@ float copy_maximum(const float* x, float* out, int64_t n, float shift) {
   return top;
 }
 
+// The tokens of a row that are biased: scores, of which the largest is 0, and biases.
+struct Inside {
+  float *x, *bias;
+  int64_t n;
+
+  // of exp(y - top) and of exp(y - top) x
+  struct Sums {
+    float top, total, first;
+    float log_total() const { return top + std::log(total); }
+    float mean() const { return first / total; }
+  };
+
+  // y(i): the logarithm of a weight
+  template <typename Weight>
+  Sums sums_of(Weight y) const {
+    float top = -kInfinity, total = 0, first = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; ++i) top = y(i) > top ? y(i) : top;
+#pragma omp simd reduction(+ : total, first)
+    for (int64_t i = 0; i < n; ++i) {
+      const float e = exponential(y(i) - top);
+      total += e;
+      first += e * x[i];
+    }
+    return {top, total, first};
+  }
+
+  Sums before() const {
+    return sums_of([this](int64_t i) { return x[i]; });
+  }
+
+  Sums sums(float cold) const {
+    return sums_of([this, cold](int64_t i) { return x[i] * cold + bias[i]; });
+  }
+
+  // The largest T in (0, 1) at which the mean of x under exp(x / T + bias) is no smaller than `least`.
+  float temperature(float least) const {
+    float low = 1e-6f, high = 1;
+    for (int step = 0; step < 20; ++step) {
+      const float middle = (low + high) / 2;
+      (sums(1 / middle).mean() >= least ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
 // One row of scores x, to be written to out. `tables`: how many matches there are.
 template <int tables>
 struct Row {
@@ -168,10 +214,11 @@ struct Row {
   }
 
   // Only tokens with x - (largest of the row) > limit are biased, and so that the sum of their probabilities stays; the
-  // others keep their scores, or are forbidden.
-  void add_inside(float limit, bool drop) const {
+  // others keep their scores, or are forbidden. `nats`: see `affordable_temperature` of history.py.
+  void add_inside(float limit, float nats, bool drop) const {
     static thread_local std::vector<float> largest;  // of each piece
     static thread_local std::vector<int32_t> list;   // the tokens inside
+    static thread_local std::vector<float> scratch;  // and what is known of them
     largest.clear();
     list.resize(width + 1);
     copy_gaps();
@@ -194,6 +241,7 @@ struct Row {
         }
       }
     });
+    if (!n) return;
     const int32_t* ids = list.data();
     const Base<tables> base(match);
     for (int64_t i = 0; i < n; ++i) out[ids[i]] = base(ids[i]);  // the bias, to begin with
@@ -202,24 +250,23 @@ struct Row {
         for (int64_t i = 0; i < count; ++i)
           if (x[ids[i]] - top > limit) out[ids[i]] += match[k].weight * values[i];
       });
-    const float shift = log_mean_exp(ids, n);
-    for (int64_t i = 0; i < n; ++i) out[ids[i]] += x[ids[i]] - shift;
-  }
-
-  // ln of the mean of exp(out) under softmax(x) over some tokens.
-  float log_mean_exp(const int32_t* ids, int64_t n) const {
-    float before = -kInfinity, after = -kInfinity;
+    scratch.resize(2 * n);
+    const Inside inside{scratch.data(), scratch.data() + n, n};
+    float most = -kInfinity;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, x[ids[i]]);
     for (int64_t i = 0; i < n; ++i) {
-      before = std::max(before, x[ids[i]]);
-      after = std::max(after, x[ids[i]] + out[ids[i]]);
+      inside.x[i] = x[ids[i]] - most;
+      inside.bias[i] = out[ids[i]];
     }
-    float mass = 0, total = 0;
-#pragma omp simd reduction(+ : mass, total)
-    for (int64_t i = 0; i < n; ++i) {
-      mass += exponential(x[ids[i]] - before);
-      total += exponential(x[ids[i]] + out[ids[i]] - after);
+    float cold = 1;  // 1 / T
+    const auto before = inside.before();
+    auto after = inside.sums(cold);
+    if (const float least = before.mean() - nats; after.mean() < least) {
+      cold = 1 / inside.temperature(least);
+      after = inside.sums(cold);
     }
-    return n ? std::log(total / mass) + (after - before) : 0;
+    const float shift = after.log_total() - before.log_total() - most;
+    for (int64_t i = 0; i < n; ++i) out[ids[i]] = inside.x[i] * cold + inside.bias[i] - shift;
   }
 };
 
@@ -233,9 +280,9 @@ struct Bias {
 enum Rule : int64_t { kPlain, kCentred, kInside };
 
 template <int tables>
-void process(const Row<tables>& row, Rule rule, float limit, bool drop) {
+void process(const Row<tables>& row, Rule rule, float limit, float nats, bool drop) {
   if (rule == kInside)
-    row.add_inside(limit, drop);
+    row.add_inside(limit, nats, drop);
   else
     row.add(rule == kCentred ? row.mean() : 0.0f);
 }
@@ -246,7 +293,7 @@ extern "C" {
 
 // tokens [rows, reach], a row every `stride`. factor [rows] or null.
 void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Bias* bias,
-                int64_t rule, float limit, int64_t drop, float* out, int64_t reach, int64_t rows, int64_t width,
+                int64_t rule, float limit, float nats, int64_t drop, float* out, int64_t reach, int64_t rows, int64_t width,
                 int64_t threads) {
   const Table* tables = bias->tables;
   const Span* spans = bias->spans;
@@ -258,9 +305,9 @@ void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, cons
     const float* x = scores + row * width;
     float* y = out + row * width;
     if (two)
-      process(Row<2>{found, spans, count, width, x, y}, Rule(rule), limit, drop);
+      process(Row<2>{found, spans, count, width, x, y}, Rule(rule), limit, nats, drop);
     else
-      process(Row<1>{found, spans, count, width, x, y}, Rule(rule), limit, drop);
+      process(Row<1>{found, spans, count, width, x, y}, Rule(rule), limit, nats, drop);
   });
 }
 

@@ -113,6 +113,7 @@ def _moved(table: Any, device: torch.device) -> Any:
 def add_ngrams(
     scores: Tensor, tokens: Tensor, ngrams: NGramBias, factor: Tensor | None = None, *, centred: bool = False,
     plausibility: float = 0.0, drop: bool = False, clip: float = math.inf, budget: float = math.inf,
+    surprisal: float = math.inf,
 ) -> Tensor:  # fmt: skip
     """scores + bias in a new tensor: scores [rows, width >= V], tokens [rows, >= order - 1]; other options nats.
 
@@ -124,15 +125,18 @@ def add_ngrams(
     drop          the tokens that are not plausible are forbidden
     clip          bound on |bias|
     budget        bound on KL(result, scores), kept by scaling the bias of a row down
+    surprisal     bound on the rise of E[-ln p] among the tokens that may be biased, kept by sharpening: their scores
+                  are divided by the `affordable_temperature`, and the sum of their probabilities stays
     """
     beyond = scores.shape[1] - len(ngrams.allowed)
     bias = torch.stack([table.bias(tokens) for table in ngrams.tables]).sum(0).to(scores.dtype)
     bias = torch.nn.functional.pad(bias if factor is None else bias * factor, (0, beyond))
     allowed = inside = torch.nn.functional.pad(ngrams.allowed, (0, beyond))
-    if plausibility:
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # all may be -inf
-        inside = allowed & (scores - top > math.log(plausibility) - 1e-6)
-    if not (centred or plausibility or clip < math.inf or budget < math.inf):
+    kept = plausibility > 0 or surprisal < math.inf  # the sum of the probabilities inside
+    if kept:
+        above = scores - scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # all may be -inf
+        inside = allowed & (above > (math.log(plausibility) - 1e-6 if plausibility else -math.inf))
+    if not (centred or kept or clip < math.inf or budget < math.inf):
         return scores + bias
     within = scores.masked_fill(~inside, -torch.inf)
     p = within.softmax(-1).nan_to_num_()  # NaN where nothing is inside
@@ -141,10 +145,33 @@ def add_ngrams(
     bias = torch.where(inside, bias.clamp_(-clip, clip), 0.0)
     if budget < math.inf:
         bias *= within_budget(within if plausibility else scores, bias, budget).nan_to_num_()
-    if plausibility:
+    if surprisal < math.inf:
+        temperature = affordable_temperature(within, bias, surprisal)
+        bias = torch.where(inside, above / temperature - above + bias, 0.0)
+    if kept:
         bias -= torch.linalg.vecdot(p, bias.exp()).log().nan_to_num_()[:, None]
     out = torch.where(inside, scores + bias, scores)
     return out.masked_fill_(allowed & ~inside, -torch.inf) if drop else out
+
+
+def affordable_temperature(scores: Tensor, bias: Tensor, nats: float) -> Tensor:
+    """T [rows, 1], the largest in (0, 1] with E_q[-ln p] <= E_p[-ln p] + nats; 1 for a row without a finite score.
+
+    p = softmax(scores), q = softmax(scores / T + bias), scores and bias [rows, width]. E_q[-ln p] grows with T (its
+    derivative by -1/T is the variance of ln p), so bisection is safe. Of all q that keep the bound this one has the
+    largest E_q[bias] - KL(q, p); without the bound that is softmax(scores + bias), and 1/T - 1 is its multiplier.
+    """
+    scores = scores - scores.amax(-1, keepdim=True)
+    finite = scores.masked_fill(scores == -torch.inf, 0.0)
+    mean = lambda logits: torch.linalg.vecdot(logits.softmax(-1), finite)[:, None]  # of ln p but for a constant
+    least = mean(scores) - nats
+    low, high = torch.full_like(least, 1e-6), torch.ones_like(least)
+    whole = mean(scores + bias) >= least
+    for _ in range(20):
+        middle = (low + high) / 2
+        fits = mean(scores / middle + bias) >= least
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return torch.where(whole | least.isnan(), 1.0, low)
 
 
 # --- repetition ---

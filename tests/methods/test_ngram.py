@@ -11,6 +11,7 @@ import logitproc as lp
 from logitproc.counting import NGramCounter
 from logitproc.methods.ngram import DEFAULTS, OFF, NGramStyleLogitsProcessor
 from logitproc.ops import loop_guard
+from logitproc.ops.history import affordable_temperature
 
 A, B, C = 0, 1, 2
 RULES = ("paper", "lift", "backoff", "ratio")
@@ -341,6 +342,55 @@ def test_a_budget_bounds_the_divergence_and_is_idle_where_it_is_not_needed(prior
     torch.testing.assert_close(loose, full)
 
 
+def test_the_price_in_surprisal_by_hand():
+    # p = (1/2, 1/4, 1/4), bias (0, -1, 1), no rise: the last two keep 1/2 together, so 2^(-1/T) (e^-1 + e) = 1.
+    p, bias = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.0, -1.0, 1.0]])
+    temperature = affordable_temperature(p.log(), bias, 0.0)
+    assert temperature.item() == pytest.approx(1 / math.log2(math.exp(-1) + math.e), abs=1e-5)
+    q = (p.log() / temperature + bias).softmax(-1)
+    torch.testing.assert_close(q, torch.tensor([[0.5, 0.0596, 0.4404]]), atol=1e-4, rtol=0)
+    # ln 2 (q_2 + q_3 - 1/2) is the rise: .1 allows them 1/2 + .1/ln 2 = .6443, and the whole bias .6068.
+    assert affordable_temperature(p.log(), bias, 0.1).item() == 1.0
+
+
+@pytest.mark.parametrize("rule, options", [("backoff", {"plausibility": 0.003}), ("lift", {}), ("ratio", {})])
+@pytest.mark.parametrize("nats", [0.0, 0.1])
+def test_the_surprisal_rises_by_no_more_than_it_may_and_the_sum_inside_stays(prior, rule, options, nats):
+    tokens, z = random_rows(rows=40)
+    log_p, schedule = z.double().log_softmax(-1), f"surprisal({nats})" if nats else "surprisal"
+    rise = lambda out: -((out.double().softmax(-1) - log_p.exp()) * log_p).sum(-1)
+    free = processor(prior, rule, strength=1.0, schedule="surprisal(100)", **options)(tokens, z)
+    bound = processor(prior, rule, strength=1.0, schedule=schedule, **options)(tokens, z)
+    dear = rise(free) > nats
+    assert dear.any() and (rise(bound) <= nats + 1e-5).all() and (rise(bound)[dear] > 0.8 * nats - 1e-5).all()
+    assert not dear.all() and torch.equal(bound[~dear], free[~dear])
+    inside = z > z.amax(-1, keepdim=True) + math.log(options.get("plausibility", 1e-30))
+    assert torch.equal(bound[~inside], z[~inside])
+    torch.testing.assert_close((bound.softmax(-1) * inside).sum(-1), (z.softmax(-1) * inside).sum(-1))
+    if not options:  # where nothing is outside, a bound that does not bind is no change
+        torch.testing.assert_close(free.softmax(-1), processor(prior, rule, strength=1.0)(tokens, z).softmax(-1))
+
+
+def test_at_a_price_in_surprisal_nothing_has_more_of_the_bias_less_divergence():
+    generator = torch.Generator().manual_seed(0)
+    scores, bias = torch.randn(2, 30, 9, dtype=torch.float64, generator=generator)
+    log_p = (2 * scores).log_softmax(-1)
+    surprisal = lambda q: -(q * log_p).sum(-1)
+    value = lambda q: (q * (bias - q.log() + log_p)).sum(-1)
+    temperature = affordable_temperature(log_p, bias, 0.05)
+    best = (log_p / temperature + bias).softmax(-1)
+    allowed = surprisal(log_p.exp()) + 0.05
+    found = 0
+    for scale in (0.01, 0.1, 1.0):
+        for start in (best.log(), log_p + 0.5 * bias):  # near it, and near what scaling the bias gives
+            for _ in range(50):
+                other = (start + scale * torch.randn(30, 9, generator=generator)).softmax(-1)
+                cheap = surprisal(other) <= allowed
+                found += cheap.sum().item()
+                assert (value(other) <= value(best) + 1e-4)[cheap].all()
+    assert found > 1000
+
+
 def test_a_ramp_grows_over_generated_tokens_only(prior):
     tokens, z = random_rows(length=6)
     ramp = processor(prior, strength=0.8, schedule="ramp(4)")
@@ -487,6 +537,7 @@ def test_a_file_that_is_not_our_arpa_is_refused(prior, tmp_path, text, message):
      ({"strength": math.nan}, "strength must be"), ({"strength": "high"}, "strength must be"),
      ({"rule": "best"}, "rule must be one of paper, lift"), ({"clip": -1.0}, "clip must be"),
      ({"schedule": "ramp"}, "schedule must be one of"), ({"schedule": "budget(0)"}, "schedule must be"),
+     ({"schedule": "surprisal(-1)"}, "schedule must be one of constant, .*surprisal, surprisal\\(m\\)"),
      ({"confidence": "count"}, "confidence must be one of"), ({"plausibility": 2}, "plausibility must be"),
      ({"rule": "ratio"}, "needs a background"), ({"weights": (1.0,)}, "weights must hold 3"),
      ({"exempt": (50,)}, "exempt must be"), ({"exempt": 3}, "exempt must be a list"),

@@ -192,9 +192,10 @@ def _shift_kernel(
 def add_ngrams(
     scores: Tensor, tokens: Tensor, ngrams: NGramBias, factor: Tensor | None = None, *, centred: bool = False,
     plausibility: float = 0.0, drop: bool = False, clip: float = math.inf, budget: float = math.inf,
+    surprisal: float = math.inf,
 ) -> Tensor:  # fmt: skip
     rows, width = scores.shape
-    if clip < math.inf or budget < math.inf:
+    if min(clip, budget, surprisal) < math.inf:
         return NotImplemented
     if tokens.shape[1] < max(table.order for table in ngrams.tables) - 1 or width < len(ngrams.allowed):
         return NotImplemented  # the kernel would read and write outside
