@@ -72,18 +72,18 @@ def op(reference: Any = None, *, half: bool = False) -> Any:
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if _chosen.get() == "compile":
+        chosen = _chosen.get()
+        if chosen == "compile":
             plain = reference if torch.compiler.is_compiling() else _compiled(reference)
             return plain(*args, **kwargs)
-        kernel = _kernel(name, args[0]) if args[0].dtype in dtypes else None
+        kernel = _kernel(chosen, name, args[0]) if args[0].dtype in dtypes else None
         result = NotImplemented if kernel is None else kernel(*args, **kwargs)
         return reference(*args, **kwargs) if result is NotImplemented else result
 
     return run
 
 
-def _kernel(name: str, like: Tensor) -> Any:
-    chosen = _chosen.get()
+def _kernel(chosen: Backend, name: str, like: Tensor) -> Any:
     if chosen == "reference" or type(like) is not Tensor:
         return None  # a subclass of Tensor, such as FakeTensor, may have no memory to read
     if like.requires_grad and torch.is_grad_enabled():
