@@ -399,7 +399,9 @@ def build_chain(procs: Sequence[str], file: str | None) -> "tuple[Chain, list[di
         cls = registry.get(name)
         if name in in_file:
             at = in_file.index(name)
-            processors[at] = cls.from_parameters({**processors[at].parameters(), **given})
+            loaded = processors[at].parameters()
+            kept = {key: loaded[key] for key in spec[at] if key != "name"}  # defaults may depend on what is given
+            processors[at] = cls.from_parameters({**kept, **given})
             spec[at] = {**spec[at], **given}
         else:
             processors.append(cls.from_parameters(given))

@@ -12,6 +12,8 @@ Heafield et al., "Scalable Modified Kneser-Ney Language Model Estimation", ACL 2
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import logging
 import math
@@ -106,7 +108,8 @@ class NGramPrior(Artifact):
         fixes Kneser-Ney's (D1, D2, D3+) of each order instead of estimating them.
 
         With `out` the prior is saved there too, and a fit that was interrupted resumes when called again
-        (its parts wait in `OUT.partial`). Memory is bounded whatever the size of the corpus.
+        (its parts wait in `OUT.partial`) with the same corpus; an iterable starts from its beginning, as then.
+        Memory is bounded whatever the size of the corpus.
 
         Raises ValueError for an order outside 1..5 and for a corpus that holds no text, FileNotFoundError
         for a missing file, FileExistsError when `out` exists and `force` is off.
@@ -120,11 +123,14 @@ class NGramPrior(Artifact):
         about = describe_tokenizer(tokenizer)
         name = Path(corpus).name if isinstance(corpus, str | Path) else type(corpus).__name__
         texts = documents(corpus, **reading)
+        first = next(texts)  # what a corpus without a name is known by when it is given again
+        source = str(corpus) if isinstance(corpus, str | Path) else name
+        identity = [source, _size(corpus), reading, about["fingerprint"], _digest(first)]
         with tempfile.TemporaryDirectory() as scratch:
             partial = Path(f"{out}.partial") if out is not None else Path(scratch) / "partial"
-            with _same_corpus(partial, [str(corpus), _size(corpus), reading, about["fingerprint"]]):
+            with _same_corpus(partial, identity):
                 counter = NGramCounter(partial, order, about["vocab_size"], about["eos"])
-                _count(counter, texts, tokenizer)
+                _count(counter, itertools.chain([first], texts), tokenizer)
                 scalars, arrays = counter.finish()
                 target = Path(out) if out is not None else Path(scratch) / "prior"
                 with new_folder(target, force) as new:
@@ -422,6 +428,10 @@ def _same_corpus(partial: Path, identity: list[Any]) -> Iterator[None]:
     shutil.rmtree(partial)
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _size(corpus: Any) -> int | None:
     return Path(corpus).stat().st_size if isinstance(corpus, str | Path) and Path(corpus).is_file() else None
 
@@ -477,7 +487,6 @@ def _encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
 def _count(counter: NGramCounter, texts: Iterable[str], tokenizer: Any, batch: int = 512) -> None:
     """Tokenize and count, skipping what a resumed counter has counted already."""
-    import itertools
     import sys
     from concurrent.futures import Future, ThreadPoolExecutor
 

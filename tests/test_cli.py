@@ -411,6 +411,16 @@ def test_a_chain_comes_from_yaml_json_or_a_saved_folder_and_flags_beat_it(genera
     assert records(generate(*beaten, "--json"))[0]["chain"] == [spec[0] | {"strength": 0}]
 
 
+def test_what_neither_file_nor_flags_give_is_the_default_of_the_two_together(pocket, tmp_path):
+    chain = tmp_path / "chain.yaml"
+    chain.write_text("- {name: ngram, prior: quixote, rule: lift}\n")
+    flags = ["ngram:rule=backoff", "ngram:clip=3.0"]
+    through, spec = cli.build_chain(flags, str(chain))
+    assert spec == [{"name": "ngram", "prior": "quixote", "rule": "backoff", "clip": 3.0}]
+    found, recorded = (made.processors[0].parameters() for made in (through, lp.Chain.from_spec(spec)))
+    assert {k: v for k, v in found.items() if k != "prior"} == {k: v for k, v in recorded.items() if k != "prior"}
+
+
 def test_a_method_that_the_chain_file_lacks_is_appended(generate, tmp_path):
     (tmp_path / "empty.yaml").write_text("[]")
     flags = ["--proc", "ngram:prior=quixote,strength=0.5", "--proc", "ngram:prior=quixote,strength=0.25"]

@@ -606,6 +606,26 @@ def test_an_interrupted_fit_resumes_and_gives_the_same_bytes(tokenizer, tmp_path
     assert not (tmp_path / "resumed.partial").exists()
 
 
+def test_an_interrupted_fit_of_an_iterable_resumes_with_the_same_texts_only(tokenizer, tmp_path, monkeypatch):
+    texts = {first: [f"w{first} w{3 + i % 90} w{5 + i % 7}" for i in range(1500)] for first in (7, 8)}
+    interrupted, other, again, whole = (iter(texts[first]) for first in (7, 8, 7, 7))
+    real = NGramCounter.add
+
+    def interrupt(self, documents):
+        real(self, documents)
+        self._spill()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(NGramCounter, "add", interrupt)
+        lp.NGramPrior.fit(interrupted, tokenizer, out=tmp_path / "prior")
+    with pytest.raises(ValueError, match="another corpus"):
+        lp.NGramPrior.fit(other, tokenizer, out=tmp_path / "prior")
+    resumed = lp.NGramPrior.fit(again, tokenizer, out=tmp_path / "prior")
+    assert resumed.documents == 1500
+    assert resumed.fingerprint() == lp.NGramPrior.fit(whole, tokenizer).fingerprint()
+
+
 def test_a_full_disk_during_a_fit_leaves_no_prior_and_what_was_counted(tokenizer, tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
