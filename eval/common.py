@@ -133,11 +133,11 @@ def _publish(args: argparse.Namespace, result: Figures, table: Callable[[Figures
 
 def _check_output(path: Path) -> None:
     """Raise before an hour of work rather than after it."""
+    from logitproc.artifact import check_place
+
     if path.is_dir():
         raise ValueError(f"--json {path} is a folder; name a file.")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"--json {path} cannot be written: {above} is no folder.")
+    check_place(path)
 
 
 def _on_cpu(device: str) -> bool:
@@ -163,8 +163,9 @@ def counts(report: "Report") -> Figures:
 
 def _header(result: Figures, args: argparse.Namespace) -> str:
     chain = " ".join([*([args.chain] if args.chain else []), *args.proc]) or "none"
+    processes = f", {result['processes']} processes" if result["processes"] > 1 else ""
     lines = [
-        f"model    {result['model']} ({result['dtype']}, {result['device']})",
+        f"model    {result['model']} ({result['dtype']}, {result['device']}{processes})",
         f"data     {result['data']}: {result['documents']:,} documents, {result['words']:,} words, "
         f"{result['bytes']:,} bytes",
         f"chain    {chain} (scores: {result['scores']})",

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import common
 
 from logitproc import __version__, cli, metrics, registry
-from logitproc.artifact import Artifact, write_text
+from logitproc.artifact import Artifact, check_place, write_text
 from logitproc.prior import NGramPrior
 
 if TYPE_CHECKING:  # torch and transformers are imported after the flags are read, so that --help is quick
@@ -400,8 +400,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 
 
 def _series(summary: dict[str, Any], with_decoding: bool) -> str:
-    parts = [f"{key}={value}" for key, value in list(summary["point"].items())[1:]]
-    return ", ".join([*parts, *([_decoding(summary["decoding"])] if with_decoding or not parts else [])])
+    parts = [f"{key}={value}" for key, value in list(summary["point"].items())[1:]] or ["steered"]
+    return ", ".join([*parts, *([_decoding(summary["decoding"])] if with_decoding else [])])
 
 
 def annotate(axis: Any, notes: Sequence[tuple[float, float, str, str]]) -> None:
@@ -572,6 +572,7 @@ def _sweep(args: argparse.Namespace) -> None:
     cells.sort(key=lambda cell: cell.spec is not None)
 
     # Everything that can be wrong is found before the first text.
+    check_place(Path(args.out) / "cells")
     prompts = cli.read_prompts([], args.prompts)
     chains = [build_chain(cell.spec) for cell in cells]
     style = _artifact(NGramPrior, args.style) if args.style else _first_prior(chains)

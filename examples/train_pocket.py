@@ -384,14 +384,17 @@ def held_out_figures(data: Path, out: Path) -> dict[str, dict[str, str]]:
 
 
 def install(data: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
     import logitproc as lp
 
-    pocket, tokenizer = Path(lp.__file__).parent / "pocket", load_tokenizer(out)
+    pocket = Path(lp.__file__).parent / "pocket"
     for part in PARTS:
         shutil.rmtree(pocket / part, ignore_errors=True)
         shutil.copytree(out / part, pocket / part)
         (pocket / part / "model.safetensors").chmod(0o644)  # it was written for its owner alone
     shutil.copy(out / "tokenizer" / "tokenizer.model", pocket / "base" / "tokenizer.model")
+    tokenizer = AutoTokenizer.from_pretrained(pocket / "base")  # whose name the priors remember
     for name, part in (("quixote", "train"), ("quixote-held-out", "held-out")):
         lp.NGramPrior.fit(out / f"styles/quixote/{part}.jsonl", tokenizer, out=pocket / name, force=True)
     models = []

@@ -173,6 +173,12 @@ def check_new(path: str | Path, force: bool = False) -> None:
         raise FileExistsError(f"{path} exists; choose another folder or pass --force to replace it.")
     if path.exists() and not _replaceable(path):
         raise FileExistsError(f"{path} exists and holds nothing that logitproc wrote; it is not replaced.")
+    check_place(path)
+
+
+def check_place(path: str | Path) -> None:
+    """Raise OSError when nothing new can be made at `path`: the nearest folder that exists takes no new names."""
+    path = Path(path)
     above = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=above).cleanup()

@@ -410,16 +410,18 @@ def build_chain(procs: Sequence[str], file: str | None) -> "tuple[Chain, list[di
 
 
 def _quiet(context: typer.Context) -> None:
-    """Silence what transformers says beside errors, unless --debug was given."""
+    """Silence what transformers and the hub say beside errors, unless --debug was given."""
     if context.obj:
         return
     import warnings
 
     from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # each of its tries to reach the hub
     logging.disable_progress_bar()
     if sys.stderr.isatty():
         enable_progress_bars()  # a download may take minutes

@@ -162,7 +162,7 @@ def test_bad_input_ends_with_status_2_and_one_sentence(run, here, capsys, change
     assert shown.err.startswith("perplexity: ") and shown.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("place, sentence", [("", "is a folder"), ("file/report.json", "file is no folder")])
+@pytest.mark.parametrize("place, sentence", [("", "is a folder"), ("file/report.json", "file takes no new folder")])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(run, here, tmp_path, capsys, place, sentence):
     (tmp_path / "file").write_text("")
     assert run("perplexity", *common_flags(here), "--json", tmp_path / place) == 2
@@ -233,5 +233,6 @@ def test_two_processes_give_the_figures_of_one(run, here, tmp_path):
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     assert done.stdout.count("JS divergence") == 1  # one process prints
+    assert "(float32, cpu, 2 processes)" in done.stdout
     for key, value in one.items():
         assert two[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, dict) else value), key

@@ -1,5 +1,6 @@
 """Names lead to classes; a method is one file, and a plug-in is one entry point."""
 
+import json
 import os
 import re
 import shutil
@@ -201,7 +202,7 @@ def dropped_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_file_dropped_into_methods_has_a_name_and_a_class_and_is_listed_and_described(dropped_in):
+def test_a_file_dropped_into_methods_is_listed_described_and_generates(dropped_in):
     code = """
         import sys, logitproc as lp
         from logitproc import cli, registry
@@ -211,12 +212,15 @@ def test_a_file_dropped_into_methods_has_a_name_and_a_class_and_is_listed_and_de
         assert cli.main(['list']) == 0 and 'torch' not in sys.modules
         assert lp.get('quieten')(temperature=3.0).temperature == 3.0
         assert cli.main(['describe', 'quieten']) == 0
-    """
+        generate = ['generate', '--prompt', 'The road', '--model', {mini!r}, '--max-new-tokens', '3']
+        assert cli.main([*generate, '--proc', 'quieten:temperature=3.0', '--json']) == 0
+    """.format(mini=lp.pocket("mini"))
     out = _python("-c", re.sub(r"(?m)^ +", "", code), at=dropped_in)
     listed = next(line for line in out.splitlines() if line.startswith("quieten"))
     assert "arXiv:0000.00000" in listed and "Divide every score" in listed
     described = out[out.index("quieten (arXiv:0000.00000)") :]
     assert "temperature" in described and "--proc quieten" in described
+    assert json.loads(out.splitlines()[-1])["chain"] == [{"name": "quieten", "temperature": 3.0}]
 
 
 def test_the_command_line_runs_as_a_module(dropped_in):

@@ -303,6 +303,13 @@ def test_bad_input_ends_with_status_2_and_one_sentence(sweep, flags, tmp_path, c
     assert not (tmp_path / "cells").exists()
 
 
+def test_an_output_folder_that_cannot_be_is_refused_before_the_first_text(sweep, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "run_cell", lambda *_: pytest.fail("a text was made"))
+    (tmp_path / "file").write_text("")
+    assert sweep.main([*flags, "--grid", "rule=lift", "--out", str(tmp_path / "file")]) == 2
+    assert "file takes no new folder (Not a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag, value", [("--seeds", "0,x"), ("--temperature", "0"), ("--batch-size", "0")])
 def test_flags_of_the_wrong_kind_are_refused(sweep, flags, capsys, flag, value):
     with pytest.raises(SystemExit) as end:
