@@ -126,6 +126,65 @@ def _inside(x, i, row, tops, blocks, allowed, vocabulary, limit, LIMIT: tl.const
 
 
 @triton.jit
+def _mean_score(x, bias, count, cold, weight, BLOCK: tl.constexpr):
+    """The mean of x under exp(cold x + weight bias)."""
+    top = tl.full((), LOWEST, tl.float32)
+    for begin in range(0, count, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        y = cold * tl.load(x + i, mask=i < count, other=0.0) + weight * tl.load(bias + i, mask=i < count, other=0.0)
+        top = tl.maximum(top, tl.max(tl.where(i < count, y, LOWEST)))
+    total = tl.full((), 0.0, tl.float32)
+    first = total
+    for begin in range(0, count, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        score = tl.load(x + i, mask=i < count, other=0.0)
+        y = cold * score + weight * tl.load(bias + i, mask=i < count, other=0.0)
+        e = tl.where(i < count, tl.exp(y - top), 0.0)
+        total += tl.sum(e)
+        first += tl.sum(e * score)
+    return first / tl.where(count > 0, total, 1.0)
+
+
+@triton.jit
+def _sharpen_kernel(
+    scores, stride, bias, tops, blocks, allowed, vocabulary, limit, nats, room, width,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Put the `affordable_temperature` of each row into its bias; room [2, rows, width] is for what is biased."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    b = tl.arange(0, BLOCKS)
+    top = tl.maximum(tl.max(tl.load(tops + row * blocks + b, mask=b < blocks, other=LOWEST)), LOWEST)
+    known, its_bias = room + row * width, room + (rows + row) * width
+    count = tl.full((), 0, tl.int32)
+    for block in range(blocks):
+        if tl.load(tops + row * blocks + block) - top > limit:
+            i = block * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(scores + row * stride + i, mask=i < width, other=-float("inf"))
+            inside = _inside(x, i, row, tops, blocks, allowed, vocabulary, limit, True, BLOCKS)
+            at = count + tl.cumsum(inside.to(tl.int32), 0) - 1
+            tl.store(known + at, x - top, mask=inside)
+            tl.store(its_bias + at, tl.load(bias + row * width + i, mask=inside), mask=inside)
+            count += tl.sum(inside.to(tl.int32))
+    tl.debug_barrier()
+    least = _mean_score(known, its_bias, count, 1.0, 0.0, BLOCK) - nats
+    if _mean_score(known, its_bias, count, 1.0, 1.0, BLOCK) < least:
+        low = tl.full((), 1e-6, tl.float32)
+        high = tl.full((), 1.0, tl.float32)
+        for _ in range(20):
+            middle = (low + high) / 2
+            fits = _mean_score(known, its_bias, count, 1 / middle, 1.0, BLOCK) >= least
+            high = tl.where(fits, high, middle)
+            low = tl.where(fits, middle, low)
+        for block in range(blocks):
+            if tl.load(tops + row * blocks + block) - top > limit:
+                i = block * BLOCK + tl.arange(0, BLOCK)
+                x = tl.load(scores + row * stride + i, mask=i < width, other=-float("inf"))
+                inside = _inside(x, i, row, tops, blocks, allowed, vocabulary, limit, True, BLOCKS)
+                g = tl.load(bias + row * width + i, mask=inside)
+                tl.store(bias + row * width + i, g + (x - top) * (1 / low - 1), mask=inside)
+
+
+@triton.jit
 def _sums_kernel(
     scores, stride, bias, tops, allowed, vocabulary, limit, sums, width,
     LIMIT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -195,14 +254,15 @@ def add_ngrams(
     surprisal: float = math.inf,
 ) -> Tensor:  # fmt: skip
     rows, width = scores.shape
-    if min(clip, budget, surprisal) < math.inf:
+    if clip < math.inf or budget < math.inf:
         return NotImplemented
     if tokens.shape[1] < max(table.order for table in ngrams.tables) - 1 or width < len(ngrams.allowed):
         return NotImplemented  # the kernel would read and write outside
     out = torch.empty(scores.shape, device=scores.device)
     if not out.numel():
         return out
-    scores, plain = with_unit_stride(scores), not (centred or plausibility)
+    kept = plausibility > 0 or surprisal < math.inf  # the sum of the probabilities of what is biased
+    scores, plain = with_unit_stride(scores), not (centred or kept)
     blocks = triton.cdiv(width, BLOCK)
     for number, table in enumerate(ngrams.tables):
         source = out if number else scores if plain else None
@@ -210,11 +270,16 @@ def add_ngrams(
     if plain:
         return out
     sums, tops = scores.new_empty(4, rows, blocks), scores.new_empty(rows, blocks)
-    limit = math.log(plausibility) - 1e-6 if plausibility else 0.0
-    sizes: dict[str, Any] = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "LIMIT": plausibility > 0}
+    limit = math.log(plausibility) - 1e-6 if plausibility else -math.inf
+    sizes: dict[str, Any] = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "LIMIT": kept}
     about = (tops, ngrams.allowed, len(ngrams.allowed), limit, sums)
-    if plausibility:
+    if kept:
         _top_kernel[rows, blocks](scores, scores.stride(0), tops, width, BLOCK)
+    if surprisal < math.inf:
+        _sharpen_kernel[rows,](
+            scores, scores.stride(0), out, tops, blocks, ngrams.allowed, len(ngrams.allowed), limit, float(surprisal),
+            scores.new_empty(2, rows, width), width, BLOCK=BLOCK, BLOCKS=sizes["BLOCKS"],
+        )  # fmt: skip
     _sums_kernel[rows, blocks](scores, scores.stride(0), out, *about, width, **sizes)
     _shift_kernel[rows, blocks](scores, scores.stride(0), *about, out, width, DROP=drop, **sizes)
     return out
