@@ -148,6 +148,24 @@ def grid(family: Family, kl: Tensor, reverse_kl: Tensor, points: range) -> tuple
     return found, loss.gather(-1, best).squeeze(-1)
 
 
+def least(
+    family: Family, kl: Tensor, reverse_kl: Tensor, low: float, high: float, points: range, steps: int = 12
+) -> Tensor:
+    """a in [low, high], [rows], with the least L of `grid`: never more than at the best of its `points`.
+
+    One direction. Bisects the sign of L' = 2 (R - kl) R' + 2 (F - reverse_kl) F' between that point's neighbours.
+    """
+    best, loss = grid(family, kl, reverse_kl, points)
+    left, right = (best - 0.1).clamp(min=low), (best + 0.1).clamp(max=high)
+    for _ in range(steps):
+        a = (left + right) / 2
+        (r, r_slope), (f, f_slope) = divergence(family, "R", a), divergence(family, "F", a)
+        r, f = r - kl, f - reverse_kl
+        rises = r * r_slope + f * f_slope > 0
+        left, right = torch.where(rises, left, a), torch.where(rises, a, right)
+    return torch.where(r.square() + f.square() <= loss, a, best)
+
+
 def match(
     family: Family, mean: Tensor, low: Tensor, high: Tensor, ridge: float, centre: float, steps: int = 32
 ) -> Tensor:

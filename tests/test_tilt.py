@@ -229,6 +229,10 @@ def test_the_continuous_minimiser_lies_between_the_roots_and_is_no_worse_than_th
     assert (best >= roots.amin(0) - 1e-3).all() and (best <= roots.amax(0) + 1e-3).all()
     on_grid, loss = tilt.grid(f, c1, c2, range(21))
     assert (table.amin(-1) <= loss + 1e-12).all()
+    found = tilt.least(f, c1, c2, 0.0, 2.0, range(21), steps=30)
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-3)
+    inside = tilt.least(f, c1, c2, 0.35, 0.75, range(4, 8), steps=30)
+    torch.testing.assert_close(inside, best.clamp(0.35, 0.75), rtol=0, atol=1e-3)
     # L' = 2 [(R - c1) a v + (F - c2)(mu - mu0)]
     a, h = torch.full((16,), 0.7, dtype=torch.float64), 1e-5
     by_hand = 2 * ((closed(f, a, "R") - c1) * slope(f, a, "R") + (closed(f, a, "F") - c2) * slope(f, a, "F"))

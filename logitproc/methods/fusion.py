@@ -11,7 +11,7 @@ scores z, the small base's z_S and the small experts' z_t,
     static   alpha as given
     upscale  z' = z_t + beta (z - z_S): the expert, moved as the large model moves the small one
     grid     argmin (R - c1)^2 + (F - c2)^2 over alpha = 0, .1, ..., 2: the paper's rule, section 3.1
-    newton   R = c1, F = c2 or J = c1 + c2, a root
+    newton   R = c1, F = c2 or J = c1 + c2, a root; or, target L, what grid minimises, at its minimum
     select   the paper's rule for several experts: the grid of each against the mean of the c_t, best one acts
     match    argmin KL(sum over t of w_t Q_t || P'), convex ("level"); or mean of d shifted as it was ("shift")
     mixture  z' = ln sum over j of w_j P_j, components P, upscaled experts and static fusions, w_j by how well each
@@ -45,6 +45,7 @@ from ..processor import Processor
 from ..registry import register
 
 Mode = Literal["static", "upscale", "grid", "newton", "select", "match", "mixture"]
+Target = Literal["R", "F", "J", "L"]
 Kind = Literal["level", "shift"]
 FORBIDDEN = -1e30  # a score below it is a mask, whatever finite number a model uses for one
 DEAD = 1e-6  # nats; an expert closer to its base than this says nothing
@@ -88,7 +89,7 @@ class Divergences(NamedTuple):
 
 
 def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "newton", *,
-         target: tilt.Target = "J", bounds: Sequence[tuple[float, float]] = ((0.0, 2.0),),
+         target: Target = "J", bounds: Sequence[tuple[float, float]] = ((0.0, 2.0),),
          kind: Kind = "level", weights: Tensor | None = None, ridge: float = 1e-3, centre: float = 0.0,
          steps: int | None = None) -> Fusion:  # fmt: skip
     """Solve for one alpha an expert and row, and fuse; every mode but `static`, `upscale` and `mixture`.
@@ -103,19 +104,19 @@ def fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], mode: Mode = "ne
     without a token that all allow. What the host forbids, or an expert with another alpha, is forbidden; where
     only the base forbids, d is 0.
     """
-    if mode in ("newton", "grid"):
+    if mode == "grid" or (mode == "newton" and target != "L"):
         points = _points(*bounds[0]) if mode == "grid" else None
         return Fusion(*fuse_one(host, base, experts[0], points, target, *bounds[0], steps or 12))
     if weights is None:
         weights = _columns([1 / len(experts)] * len(experts), host)
     if mode == "match":
         return Fusion(*fuse_match(host, base, experts, weights, bounds, kind, ridge, centre, steps or 32))
-    return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, 0)
+    return _fuse(host, base, experts, weights, mode, target, bounds, kind, ridge, centre, steps or 12)
 
 
 @op
 def fuse_one(
-    host: Tensor, base: Tensor, expert: Tensor, points: range | None, target: tilt.Target, low: float, high: float,
+    host: Tensor, base: Tensor, expert: Tensor, points: range | None, target: Target, low: float, high: float,
     steps: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The fields of `Fusion`, by "grid" over k / 10 for k in `points`, or where these are None by "newton"."""
@@ -144,7 +145,7 @@ def _fuse(host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor
 
 
 def _solve(
-    host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, mode: Mode, target: tilt.Target,
+    host: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, mode: Mode, target: Target,
     bounds: Sequence[tuple[float, float]], kind: Kind, ridge: float, centre: float, steps: int,
 ) -> Fusion:  # fmt: skip
     s = shifts(host, base, experts)
@@ -154,9 +155,12 @@ def _solve(
     beyond = torch.zeros(rows, dtype=torch.bool, device=host.device)
     dead = ~((c.change >= DEAD) & (c.variance > 0))  # true for NaN: a row without a common token
     if mode == "newton":
-        goal = {"R": c.kl, "F": c.reverse_kl, "J": c.change}[target][:, 0].clamp(min=0)
         low, high = bounds[0]
-        a, beyond = tilt.root(family, c.variance[:, 0], goal, target, high, steps)
+        if target == "L":
+            a = tilt.least(family, c.kl[:, 0], c.reverse_kl[:, 0], low, high, _points(low, high), steps)
+        else:
+            goal = {"R": c.kl, "F": c.reverse_kl, "J": c.change}[target][:, 0].clamp(min=0)
+            a, beyond = tilt.root(family, c.variance[:, 0], goal, target, high, steps)
         a = a.clamp(min=low)[:, None]
     elif mode == "match":
         goal = (weights[:, None].to(family.d) @ c.expert_mean.to(family.d)).squeeze(1)
@@ -335,7 +339,7 @@ class DynamicFusionLogitsProcessor(Processor):
         base: the small model before fine-tuning.
         mode: "static", "upscale", "grid", "newton", "select", "match" or "mixture", the default. "upscale", "grid"
             and "newton" take one expert; "select" is "grid" for several.
-        target: which divergence "newton" makes equal, "R", "F" or "J".
+        target: which divergence "newton" makes equal, "R", "F" or "J"; or "L", for the loss of "grid" at its minimum.
         alpha: of "static", a number or one an expert, 1 by default; of "mixture", the static fusions that take
             part, none by default.
         beta: of "upscale", a number, 0.3 by default; of "mixture", a number or several, the upscaled experts that
@@ -369,7 +373,7 @@ class DynamicFusionLogitsProcessor(Processor):
     expert: Companion | Sequence[Companion]
     base: Companion
     mode: Mode = "mixture"
-    target: tilt.Target = "J"
+    target: Target = "J"
     alpha: float | Sequence[float] | None = None
     beta: float | Sequence[float] | None = None
     bounds: Sequence[float] | Sequence[tuple[float, float]] = (0.0, 2.0)
@@ -396,7 +400,7 @@ class DynamicFusionLogitsProcessor(Processor):
                 "the prompts; give both the same one.", stacklevel=3,
             )  # fmt: skip
         one_of("mode", self.mode, get_args(Mode))
-        one_of("target", self.target, get_args(tilt.Target))
+        one_of("target", self.target, get_args(Target))
         one_of("kind", self.kind, get_args(Kind))
         one_of("evidence_from", self.evidence_from, ("given", "all", "none"))
         in_range("ridge", self.ridge, 0, math.inf)
@@ -454,7 +458,8 @@ class DynamicFusionLogitsProcessor(Processor):
         for low, high in pairs:
             in_range("bounds", low, 0, 100)
             in_range("bounds", high, low, 100)
-            if self.mode in ("grid", "select") and not _points(low, high):
+            searched = self.mode in ("grid", "select") or (self.mode == "newton" and self.target == "L")
+            if searched and not _points(low, high):
                 raise ValueError(f"bounds must hold a multiple of 0.1 for mode={self.mode!r}, got {self.bounds!r}.")
         return [(float(low), float(high)) for low, high in pairs]
 
@@ -489,6 +494,7 @@ class DynamicFusionLogitsProcessor(Processor):
             "upscale": one("upscale"),
             "grid": one("grid"),
             "newton": one("newton", target="F", plausibility=0.01),
+            "least": one("newton", target="L"),
             "select": two("select"),
             "match": two("match", weights=(3, 1)),
             "learning": two("match", kind="shift", weights="evidence", share=0.0),

@@ -144,11 +144,27 @@ def test_newton_is_no_worse_than_grid_on_its_own_loss():
     assert (loss(newton) <= loss(grid) + 1e-9).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("spread", (0.1, 0.7, 3.0))
+def test_newton_for_the_papers_loss_is_no_worse_than_grid_on_any_row(spread, dtype):
+    host, base, experts = scores(rows=64, spread=spread, dtype=dtype)
+    exact = [x.double() for x in (host, base, experts[0])]
+    c1, c2 = kl(exact[2], exact[1]), kl(exact[1], exact[2])
+
+    def loss(alpha: Tensor) -> Tensor:
+        moved = exact[0] + alpha.double() * (exact[2] - exact[1])
+        return (kl(moved, exact[0]) - c1).square() + (kl(exact[0], moved) - c2).square()
+
+    found, grid = (loss(fuse(host, base, experts, mode, target="L").alpha) for mode in ("newton", "grid"))
+    assert (found <= grid + (1e-12 if dtype is torch.float64 else 1e-6)).all()
+    assert found.mean() < 0.9 * grid.mean(), "and better where the minimum lies between two points"
+
+
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-6), (torch.float32, 1e-3)))
 @pytest.mark.parametrize("mode", ONE)
 def test_a_host_that_is_the_small_base_becomes_the_expert(mode, dtype, tolerance):
     _, base, experts = scores(dtype=dtype)
-    for target in ("R", "F", "J") if mode == "newton" else ("J",):
+    for target in ("R", "F", "J", "L") if mode == "newton" else ("J",):
         found = fuse(base, base, experts, mode, target=target, ridge=0.0)
         torch.testing.assert_close(found.alpha, torch.ones_like(found.alpha), rtol=0, atol=tolerance)
         same_softmax(found.scores, experts[0], tolerance)
@@ -459,8 +475,9 @@ def test_the_figures_that_papers_print_and_those_they_should():
         ({"bounds": 2}, "bounds must be .low, high."),
         ({"bounds": (1, (0, 2))}, "bounds must be .low, high."),
         ({"mode": "grid", "bounds": (0.31, 0.39)}, "multiple of 0.1"),
+        ({"target": "L", "bounds": (0.31, 0.39)}, "multiple of 0.1"),
         ({"mode": "guess"}, "mode must be one of static, upscale"),
-        ({"target": "L"}, "target must be one of R, F, J"),
+        ({"target": "K"}, "target must be one of R, F, J, L"),
         ({"kind": "both"}, "kind must be one of level, shift"),
         ({"evidence_from": "host"}, "evidence_from must be one of"),
         ({"centre": math.nan}, "centre must be a number in"),
