@@ -70,7 +70,7 @@ def calls() -> None:
 
 def main() -> None:
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: compile_for(kernel, *args, **kwargs)
-    dispatch._kernel = lambda name, like: getattr(kernels, name, None)  # for tensors on a CPU, too
+    dispatch._kernel = lambda chosen, name, like: getattr(kernels, name, None)  # for tensors on a CPU, too
     calls()
     everything = {
         f"{module.__name__}.{name}"
