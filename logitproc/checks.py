@@ -8,7 +8,7 @@ from typing import Any
 
 def name_and_number(text: str) -> tuple[str, float]:
     """'name(number)' -> (name, number); 'name' -> (name, 0)."""
-    match = re.fullmatch(r"(\w+)(?:\(([-+.\deE]+)\))?", text)
+    match = re.fullmatch(r"(\w+)(?:\(([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\))?", text)
     return (match[1], float(match[2] or 0)) if match else (text, math.nan)
 
 

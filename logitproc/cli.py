@@ -973,9 +973,11 @@ def _side_by_side(heads: Sequence[str], texts: Sequence[str]) -> str:
     """Two texts in two columns, as wide as the terminal and at most 100 characters."""
     width = (min(100, shutil.get_terminal_size((100, 24)).columns) - 3) // 2
     columns = []
-    for head, text in zip(heads, texts, strict=True):
+    titles = [textwrap.wrap(head, width) for head in heads]
+    height = max(map(len, titles))
+    for title, text in zip(titles, texts, strict=True):
         wrapped = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, width) or [""]]
-        columns.append([*textwrap.wrap(head, width), "-" * width, *wrapped])
+        columns.append([*title, *[""] * (height - len(title)), "-" * width, *wrapped])
     lines = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(f"{left.ljust(width)} | {right}".rstrip() for left, right in lines)
 

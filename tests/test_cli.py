@@ -594,6 +594,7 @@ def test_demo_shows_text_side_by_side_and_a_table(run, monkeypatch):
     assert all(entry.summary in lines for entry in registry.entries() if entry.name in shown)
     assert all(len(line) <= 120 for line in lines[:-1])
     assert sum(" | " in line for line in lines) >= 3 * len(cli.DEMO)
+    assert lines.count("-" * 48 + " | " + "-" * 48) == len(cli.DEMO)  # side by side under titles of any length
     assert lines[-1].startswith("Try next: logitproc generate") and "logitproc fit ngram" in lines[-1]
 
 

@@ -232,7 +232,7 @@ class NGramStyleLogitsProcessor(Processor):
         in_range("strength", self.strength, 0, 1)
         in_range("plausibility", self.plausibility, 0, 1)
         in_range("guard", self.guard, 0, math.inf)
-        in_range("k", self.k, 1e-12, math.inf)
+        in_range("k", self.k, 1e-12, 1e6)
         if self.clip is not None:
             in_range("clip", self.clip, 0, math.inf)
         if self.guard:
@@ -246,6 +246,8 @@ class NGramStyleLogitsProcessor(Processor):
         self.weights = None if self.weights is None else listed("weights", self.weights)
         if self.weights is not None and len(self.weights) != self.prior.order:
             raise ValueError(f"weights must hold {self.prior.order} numbers, got {list(self.weights)}.")
+        for weight in self.weights or ():
+            in_range("weights", weight, 0, 1e6)
         self._schedule, self._amount = name_and_number(
             one_of("schedule", self.schedule, SCHEDULES)
         )
@@ -253,6 +255,7 @@ class NGramStyleLogitsProcessor(Processor):
         true_or_false("bos", self.bos)
         self.exempt = listed("exempt", self.exempt)
         for token in self.exempt:
+            whole("exempt", token, 0)
             in_range("exempt", token, 0, self.prior.vocab_size - 1)
         self._reach = max(p.order for p in (self.prior, self.background) if p is not None) - 1
         self.context = None if self.guard else self._reach

@@ -541,6 +541,9 @@ def test_a_file_that_is_not_our_arpa_is_refused(prior, tmp_path, text, message):
      ({"confidence": "count"}, "confidence must be one of"), ({"plausibility": 2}, "plausibility must be"),
      ({"rule": "ratio"}, "needs a background"), ({"weights": (1.0,)}, "weights must hold 3"),
      ({"exempt": (50,)}, "exempt must be"), ({"exempt": 3}, "exempt must be a list"),
+     ({"exempt": (1.5,)}, "exempt must be a whole number"), ({"weights": (0.1, math.inf, 0)}, "weights must be"),
+     ({"weights": ("a", 0, 0)}, "weights must be a number"), ({"k": math.inf}, "k must be a number in"),
+     ({"confidence": "count(1e)"}, "confidence must be one of"), ({"schedule": "ramp(-4)"}, "schedule must be"),
      ({"weights": 3}, "weights must be a list"), ({"bos": "maybe"}, "bos must be true or false"),
      ({"guard_length": 1.5, "guard": 1.0}, "guard_length must be a whole number")],
 )  # fmt: skip
