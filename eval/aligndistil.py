@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import interval
 
 import logitproc as lp
 from logitproc import metrics
@@ -279,23 +280,19 @@ def markdown(result: dict[str, Any]) -> str:
     for name, f in result["figures"].items():
         family, setting, mask = split(name)
         gain = result["against_dpo"].get(name)
+        against = interval(gain.values()) if gain else ""
         lines.append(
-            f"| {family} {setting} | {mask:g} | {f['reward']:+.3f} | {interval(gain) if gain else ''} | {f['kl']:.2f} "
+            f"| {family} {setting} | {mask:g} | {f['reward']:+.3f} | {against} | {f['kl']:.2f} "
             f"| {f['kl_token']:.3f} | {f['base']:.2f} | {f['rare']:.3f} | {f['length']:.1f} | {f['length_95']:.0f} "
             f"| {f['cut']:.2f} | {f['distinct_2']:.3f} | {f['reward_100_words']:+.2f} |"
         )
     lines.append("")
     for name, c in result["comparisons"].items():
-        mean = dict(zip(("mean", "low", "high"), c["mean"], strict=True))
         verdict = "beats" if c["beats"] else "loses" if c["loses"] else "no difference"
         places = [w for w in ("ahead", "behind") if c[f"{w}_somewhere"]]
         where = f"{' and '.join(places)} somewhere" if places else "nowhere apart"
-        lines.append(f"- {name}: {interval(mean)}: {verdict}, {where}")
+        lines.append(f"- {name}: {interval(c['mean'])}: {verdict}, {where}")
     return "\n".join(lines)
-
-
-def interval(x: dict[str, float]) -> str:
-    return f"{x['mean']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

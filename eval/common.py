@@ -1,4 +1,4 @@
-"""What the scoring scripts share: flags, loading, exit statuses and the printed report."""
+"""What scripts share: flags, loading, exit statuses and the printed report; how an interval is written."""
 
 import argparse
 import json
@@ -186,3 +186,8 @@ def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
         for column, (cell, width) in enumerate(zip(row, widths, strict=True))
     )
     return "\n".join(line(row).rstrip() for row in cells)
+
+
+def interval(mean_low_high: Iterable[float], digits: int = 3) -> str:
+    mean, low, high = mean_low_high
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"

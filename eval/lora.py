@@ -17,13 +17,13 @@ linear layers. Its rate, 2e-4, and its 800 steps are for a model 170 times as la
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import study
+from fine_tuning import fine_tune
 from study import CORPORA, SAMPLE, SEEDS, TEMPERATURES, Cells, Study
 from sweep import Cell, run_cell
 
@@ -54,19 +54,16 @@ def train(source: str, rows: list[dict[str, list[int]]], seed: int = 0) -> tuple
     """One pass of LoRA over the rows: the merged model, and what training took. The same seed gives the same model."""
     import peft
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
-    with tempfile.TemporaryDirectory() as nothing:
-        arguments = TrainingArguments(
-            output_dir=nothing, learning_rate=RATE, num_train_epochs=1, per_device_train_batch_size=BATCH, seed=seed,
-            warmup_steps=0.05, lr_scheduler_type="linear", bf16=True, use_cpu=not torch.cuda.is_available(),
-            save_strategy="no", report_to="none", logging_steps=10, logging_first_step=True,
-        )  # fmt: skip
-        clock, trainer = time.time(), Trainer(model=model, args=arguments, train_dataset=rows)
-        trainer.train()
+    clock = time.time()
+    trainer = fine_tune(
+        model, rows, seed=seed, learning_rate=RATE, num_train_epochs=1, per_device_train_batch_size=BATCH,
+        logging_steps=10, logging_first_step=True,
+    )  # fmt: skip
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     about = {"tokens": WINDOW * len(rows), "steps": trainer.state.global_step,
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

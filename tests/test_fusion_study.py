@@ -2,7 +2,9 @@
 
 import math
 
-import fusion
+import fusion_cells
+import fusion_judge
+import fusion_tasks
 import numpy as np
 import pytest
 from conftest import tiny_tokenizer
@@ -10,7 +12,7 @@ from conftest import tiny_tokenizer
 TOKENS = np.full(60, 20)
 
 
-def judge(**losses: float) -> fusion.Judge:
+def judge(**losses: float) -> fusion_judge.Judge:
     """Every document has 20 tokens; losses are nats a token, noise that all arms share, a little of their own."""
     rng = np.random.default_rng(0)
     shared = rng.normal(0, 0.5, 60)
@@ -21,7 +23,7 @@ def judge(**losses: float) -> fusion.Judge:
         }
         for arm, loss in losses.items()
     }  # fmt: skip
-    return fusion.Judge([{"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}])
+    return fusion_judge.Judge([{"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}])
 
 
 def test_differences_are_paired_and_closure_lies_between_host_and_ceiling():
@@ -36,7 +38,7 @@ def test_differences_are_paired_and_closure_lies_between_host_and_ceiling():
 def test_the_default_is_the_best_mode_that_falls_below_the_host_nowhere():
     better = {"host": 5.0, "ceiling": 3.0, "expert": 4.0, "grid": 3.2, "mixture": 3.6}
     worse = {**better, "grid": 5.5, "mixture": 4.5}
-    choose = lambda dev, doubtful: fusion.choose(dev, doubtful, ("grid", "mixture"))
+    choose = lambda dev, doubtful: fusion_judge.choose(dev, doubtful, ("grid", "mixture"))
     good, bad = judge(**better), judge(**worse)
     assert choose({"a": good}, {"a": good}) == "grid"
     assert choose({"a": good, "b": bad}, {}) == "mixture"
@@ -45,23 +47,23 @@ def test_the_default_is_the_best_mode_that_falls_below_the_host_nowhere():
 
 def test_a_setting_says_which_experts_there_are():
     names = ("a", "b", "c")
-    found = {setting: fusion.experts_of(setting, "c", names) for setting in fusion.SETTINGS}
+    found = {setting: fusion_cells.experts_of(setting, "c", names) for setting in fusion_cells.SETTINGS}
     assert found == {"single": ("c",), "wrong": ("a",), "several": names, "unseen": ("a", "b")}
 
 
 def test_the_bound_is_that_of_every_text():
     parts = {"host": 4.0, "upscale_0.3": 3.0}
     held = judge(**parts, mixture_share_0=2.96)
-    assert fusion.bound_excess(held) < 0
+    assert fusion_judge.bound_excess(held) < 0
     broken = judge(**parts, mixture_share_0=3.0 + 2.0 * math.log(2) / 20)
-    assert fusion.bound_excess(broken) > 0
+    assert fusion_judge.bound_excess(broken) > 0
 
 
 def test_a_label_is_judged_at_the_first_token_in_which_the_words_differ():
-    task = fusion.Task(("w9 w4", "w9 w5 w6"), [], [], [])
-    ids, at, options = fusion.encode(tiny_tokenizer(), task, fusion.Document("w7 w8 ", 1))
+    task = fusion_tasks.Task(("w9 w4", "w9 w5 w6"), [], [], [])
+    ids, at, options = fusion_tasks.encode(tiny_tokenizer(), task, fusion_tasks.Document("w7 w8 ", 1))
     assert (ids, at, options) == ([1, 7, 8, 9, 5, 6, 2], 4, [4, 5])
-    assert fusion.encode(tiny_tokenizer(), task, fusion.Document("w7", None)) == ([1, 7, 2], None, [])
+    assert fusion_tasks.encode(tiny_tokenizer(), task, fusion_tasks.Document("w7", None)) == ([1, 7, 2], None, [])
 
 
 def test_over_seeds_an_expert_that_depends_on_its_seed_has_a_wider_interval():
@@ -70,8 +72,8 @@ def test_over_seeds_an_expert_that_depends_on_its_seed_has_a_wider_interval():
         arms = {arm: {"nll": nll.tolist(), "kl": [1.0] * 60, "right": []} for arm, nll in j.nll.items()}
         return {"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}
 
-    alike = fusion.over_seeds([cell(4.0), cell(4.0)], "mixture", "expert")
-    apart = fusion.over_seeds([cell(3.5), cell(4.5)], "mixture", "expert")
+    alike = fusion_judge.over_seeds([cell(4.0), cell(4.0)], "mixture", "expert")
+    apart = fusion_judge.over_seeds([cell(3.5), cell(4.5)], "mixture", "expert")
     assert apart["closure"] == pytest.approx([0.925, 0.475], abs=0.01)
     for found in (alike, apart):
         mean, low, high = found["difference"]
