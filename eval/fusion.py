@@ -4,6 +4,7 @@
     python eval/fusion.py report --data DATA --out runs/fusion --host STRONG --small WEAK
     python eval/fusion.py seeds --data DATA --out runs/fusion       what one expert more or less changes
     python eval/fusion.py sampled --data DATA --out runs/fusion     where to learn from when text is its own
+    python eval/fusion.py components --data DATA --out runs/fusion  which components the mixture should have
 
 `experts` and `ceilings` in place of `report` only train, so that two machines or cores can share the work. DATA is
 as for `examples/train_pocket.py`, with `tasks/` beside it. Experts, ceilings and scored cells are written to
@@ -33,6 +34,11 @@ Fixed before the first run:
   - `sampled`: test documents go on from a short or longer beginning. The source of evidence is right whose text has
     the least KL from the host fine-tuned on the task, if the 95 % interval of the difference, over documents, is on
     one side of 0 in more of the cells than on the other.
+  - `components`, 2026-11-26: a set of components, or a share, replaces the default of the mixture if on the dev
+    documents of both pairs of models, seed 0, its loss is lower on every task with its own expert (the upper end of
+    the interval below 0) and on the mean over tasks with all experts; if nowhere, with no wrong expert either, is
+    it higher by more than 0.01 nats a token (the lower end) or below the host; and if the share of drafts that
+    `speculative.py decode` accepts, greedy, is lower by at most 0.02.
 """
 
 import argparse
@@ -46,14 +52,28 @@ from typing import Any
 
 import numpy as np
 from common import interval
-from fusion_cells import GRID, SAFE, SETTINGS, SEVERAL, SOURCES, Study
+from fusion_cells import COMPONENTS, GRID, SAFE, SETTINGS, SEVERAL, SOURCES, WRONG, Study
 from fusion_judge import Judge, bound_excess, choose, over_seeds
 from fusion_tasks import TRAIN
 
 from logitproc.artifact import write_text
 
 SEEDS = (0, 1, 2)
+HARM = 0.01  # nats a token, by which other components may be worse than the default
 PROMPTS = (4, 12)  # tokens that sampled text goes on from
+TITLES = {"single": "One expert", "wrong": "One expert, of another task", "several": "All experts, the task unknown",
+          "unseen": "All experts but its own"}  # fmt: skip
+# Of `seeds`: the arms, and what the mixture is compared with.
+SPREAD = {
+    "single": (("expert", "static 1.0", "grid", "newton J", "upscale 0.3", "mixture of static fusions", "mixture"),
+               ("expert", "grid", "host")),
+    "wrong": (("expert", "static 0.5", "grid", "upscale 0.3", "mixture of static fusions", "mixture"),
+              ("expert", "mixture of static fusions", "host")),
+    "several": (("expert", "average of experts", "select", "match level evidence", "mixture of static fusions",
+                 "mixture"), ("expert", "average of experts", "select", "host")),
+    "unseen": (("average of experts", "select", "match level evidence", "mixture of static fusions", "mixture"),
+               ("average of experts", "select", "mixture of static fusions", "host")),
+}  # fmt: skip
 CANDIDATES, CANDIDATES_SEVERAL = tuple(arm for arm in SAFE if arm != "mixture of three"), tuple(SEVERAL)
 
 
@@ -118,17 +138,48 @@ def verdicts(
 
 
 def judge_seeds(study: Study, seeds: tuple[int, ...]) -> str:
-    """One expert, test documents: how the figures differ between experts of different seeds, as a table."""
-    arms = ("expert", "static 1.0", "grid", "newton J", "upscale 0.3", "mixture")
-    out = ["| closure: mean (each seed) | " + " | ".join(study.tasks) + " |", "|---" * (len(study.tasks) + 1) + "|"]
-    cells = {task: [study.cell("single", "test", task, seed) for seed in seeds] for task in study.tasks}
-    for arm in arms:
-        found = [over_seeds(cells[task], arm, "expert")["closure"] for task in study.tasks]
-        shown = (f"{np.mean(x):.3f} ({', '.join(f'{one:.3f}' for one in x)})" for x in found)
-        out.append(f"| {arm} | " + " | ".join(shown) + " |")
-    for other in ("expert", "grid"):
-        found = [over_seeds(cells[task], "mixture", other)["difference"] for task in study.tasks]
-        out.append(f"| mixture - {other}, nats a token | " + " | ".join(map(interval, found)) + " |")
+    """Test documents: how the figures differ between experts of different seeds, a table a setting."""
+    out = []
+    for setting, title in TITLES.items():
+        cells = [[study.cell(setting, "test", task, seed) for seed in seeds] for task in study.tasks]
+        columns = [*([of_task] for of_task in cells), cells]
+        out += [f"\n**{title}**\n", f"| closure: mean (each seed) | {' | '.join(study.tasks)} | mean |",
+                "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+        arms, rivals = SPREAD[setting]
+        for arm in arms:
+            found = [over_seeds(column, arm, arm)["closure"] for column in columns]
+            shown = (f"{np.mean(x):.3f} ({', '.join(f'{one:.3f}' for one in x)})" for x in found)
+            out.append(f"| {arm} | {' | '.join(shown)} |")
+        for other in rivals:
+            found = [over_seeds(column, "mixture", other)["difference"] for column in columns]
+            out.append(f"| mixture - {other}, nats a token | {' | '.join(map(interval, found))} |")
+    return "\n".join(out) + "\n"
+
+
+def judge_components(study: Study) -> str:
+    """Dev documents, the experts of the first seed: loss of each set of components less that of the default.
+
+    Mean over the tasks; behind it the task, and the expert, where it is largest.
+    """
+    study = study.of_components()
+    of = lambda setting: [[study.cell(setting, "dev", task, 0)] for task in study.tasks]
+    cells = {"single": of("single"), "wrong": [cell for setting in WRONG for cell in of(setting)],
+             "several": of("several"), "unseen": of("unseen")}  # fmt: skip
+    out = [f"| against the default, nats a token | {' | '.join(TITLES.values())} | below the host | rule |",
+           "|---" * (len(cells) + 3) + "|"]  # fmt: skip
+    for arm in COMPONENTS:
+        row, met, below = [], True, 0
+        for setting, tasks in cells.items():
+            if arm not in tasks[0][0]["arms"]:
+                row.append("")
+                continue
+            mean = over_seeds(tasks, arm, "mixture")["difference"]
+            each = [Judge(task).difference(arm, "mixture") for task in tasks]
+            below += sum(Judge(task).falls(arm) for task in tasks)
+            row.append(f"{interval(mean)}; {interval(max(each))}")
+            gains = {"single": max(high for _, _, high in each), "several": mean[2]}.get(setting, -1)
+            met &= gains < 0 and max(low for _, low, _ in each) <= HARM
+        out.append(f"| {arm} | {' | '.join(row)} | {below} | {'met' if met and not below else ''} |")
     return "\n".join(out) + "\n"
 
 
@@ -153,10 +204,6 @@ def judge_sampled(study: Study) -> str:
 
 
 # --- tables and plot ---
-
-
-TITLES = {"single": "One expert", "wrong": "One expert, of another task", "several": "All experts, the task unknown",
-          "unseen": "All experts but its own"}  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -248,7 +295,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("experts", "ceilings", "report", "seeds", "sampled"))
+    parser.add_argument("stage", choices=("experts", "ceilings", "report", "seeds", "sampled", "components"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--host", default="base")
@@ -269,8 +316,10 @@ def main() -> None:
     elif args.stage == "ceilings":
         for task in (*study.tasks, *(["all"] if args.multi_task else [])):
             study.model("host", task, 0)
-    elif args.stage in ("seeds", "sampled"):
-        text = judge_seeds(study, seeds) if args.stage == "seeds" else judge_sampled(study)
+    elif args.stage in ("seeds", "sampled", "components"):
+        judged = {"seeds": lambda: judge_seeds(study, seeds), "sampled": lambda: judge_sampled(study),
+                  "components": lambda: judge_components(study)}  # fmt: skip
+        text = judged[args.stage]()
         print(text)
         write_text(study.out / f"{args.stage}.md", text)
     else:

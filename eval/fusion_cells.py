@@ -3,6 +3,7 @@
 A cell is of a setting, which says what experts there are, a task, a part of its documents and a seed of the experts.
 """
 
+import copy
 import gc
 import json
 import sys
@@ -64,11 +65,27 @@ BRIEF = ("static 0.5", "static 1.0", "static 1.5", "upscale 0.3", "grid", "newto
 SOLVED = {"single": ("grid", "newton J"), "several": ("select", "match level uniform")}  # whose alpha is kept
 
 
+WRONG = ("wrong", "wrong 2", "wrong 3")  # with the expert of the next task, and of those after it
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "upscale 0.3": {"mode": "upscale"},
+    "mixture": {"mode": "mixture"},
+    **{f"beta {beta}": {"mode": "mixture", "beta": beta} for beta in (0.0, 0.2, 0.5)},
+    "betas 0, 0.3": {"mode": "mixture", "beta": (0.0, 0.3)},
+    "betas 0.3, 1": {"mode": "mixture", "beta": (0.3, 1.0)},
+    "betas 0, 0.3, 1": {"mode": "mixture", "beta": (0.0, 0.3, 1.0)},
+    "betas 0.15, 0.3, 0.6": {"mode": "mixture", "beta": (0.15, 0.3, 0.6)},
+    "beta 0.3, alpha 0.5": {"mode": "mixture", "alpha": 0.5},
+    "betas 0, 0.3, alpha 0.5": {"mode": "mixture", "beta": (0.0, 0.3), "alpha": 0.5},
+    **{f"share {share}": {"mode": "mixture", "share": share} for share in (0.0, 0.05)},
+}
+
+
 def experts_of(setting: str, task: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The tasks whose experts are there: its own, that of the next, all, or all but its own."""
-    following = names[(names.index(task) + 1) % len(names)]
+    """The tasks whose experts are there: its own, that of another, all, or all but its own."""
+    at = names.index(task)
+    wrong = {setting: (names[(at + n) % len(names)],) for n, setting in enumerate(WRONG, 1)}
     others = tuple(name for name in names if name != task)
-    return {"single": (task,), "wrong": (following,), "several": names, "unseen": others}[setting]
+    return {"single": (task,), "several": names, "unseen": others, **wrong}[setting]
 
 
 class Batch(NamedTuple):
@@ -93,10 +110,20 @@ class Study:
 
         self.sources = {"host": cli.find_model(host), "small": cli.find_model(small)}
         self.out = out / f"{Path(host).name}-{Path(small).name}"
+        self.cells = self.out / "cells"
         self.tokenizer = AutoTokenizer.from_pretrained(self.sources["host"])
         self.tasks, self.documents, self.multi_task = tasks(data), documents, multi_task
         self.arms = {setting: {arm: options for arm, options in known.items() if not brief or arm in BRIEF}
                      for setting, known in SETTINGS.items()}  # fmt: skip
+
+    def of_components(self) -> "Study":
+        """The same pair, with other components of the mixture in place of the arms."""
+        study = copy.copy(self)
+        study.cells = self.out / "components"
+        one_expert = {arm for arm, options in COMPONENTS.items() if options["mode"] == "upscale"}
+        several = {arm: options for arm, options in COMPONENTS.items() if arm not in one_expert}
+        study.arms = {"several": several, "unseen": several, **dict.fromkeys(("single", *WRONG), COMPONENTS)}
+        return study
 
     # --- models ---
 
@@ -132,7 +159,7 @@ class Study:
 
     def cell(self, setting: str, part: str, task: str, seed: int) -> dict[str, Any]:
         """Figures of every document and arm."""
-        file = self.out / "cells" / f"{setting} {task} {part} {seed}.json"
+        file = self.cells / f"{setting} {task} {part} {seed}.json"
         if not file.exists():
             clock = time.time()
             write_text(file, json.dumps(self._score(setting, part, task, seed)))

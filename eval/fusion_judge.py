@@ -1,11 +1,14 @@
 """The rules of judgement of the study of `fusion`, which stand at the top of `fusion.py`, in code."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from logitproc import metrics
+
+DRAWS = 2000
 
 
 class Judge:
@@ -19,7 +22,7 @@ class Judge:
         self.right = {arm: mean(arm, "right") for arm, found in cells[0]["arms"].items() if found["right"]}
         self.alpha = [cell["alpha"] for cell in cells]
         rng = np.random.default_rng(0)
-        self.draws = rng.integers(0, len(self.tokens), (2000, len(self.tokens)))
+        self.draws = rng.integers(0, len(self.tokens), (DRAWS, len(self.tokens)))
 
     def loss(self, arm: str, rows: Any = slice(None)) -> Any:
         return self.nll[arm][rows].sum(-1) / self.tokens[rows].sum(-1)
@@ -59,20 +62,22 @@ class Judge:
         return float(low), float(high)
 
 
-def over_seeds(cells: list[dict[str, Any]], arm: str, other: str) -> dict[str, Any]:
-    """Closure of `arm` with the expert of each seed, and loss(arm) - loss(other): mean and 95 % interval.
+def over_seeds(tasks: Sequence[list[dict[str, Any]]], arm: str, other: str) -> dict[str, Any]:
+    """Means over some tasks, each with a cell a seed: the closure of `arm` with the experts of each seed, and
+    loss(arm) - loss(other), mean and 95 % interval.
 
-    The interval is a bootstrap that draws seeds as well as documents.
+    The interval is a bootstrap that draws the seeds, for all tasks the same, and the documents of each task.
     """
-    judges = [Judge([cell]) for cell in cells]
-    rng = np.random.default_rng(0)
+    judges = [[Judge([cell]) for cell in cells] for cells in tasks]
+    gap = lambda judge, rows=slice(None): judge.loss(arm, rows) - judge.loss(other, rows)
+    rng, count = np.random.default_rng(0), len(judges[0])
     found = []
-    for rows in judges[0].draws:
-        drawn = [judges[i] for i in rng.integers(0, len(judges), len(judges))]
-        found.append(np.mean([judge.loss(arm, rows) - judge.loss(other, rows) for judge in drawn]))
-    mean = float(np.mean([judge.loss(arm) - judge.loss(other) for judge in judges]))
-    return {"closure": [float(judge.closure(arm)[0]) for judge in judges], "other": other,
-            "difference": [mean, *Judge._range(np.array(found))]}  # fmt: skip
+    for draw in range(DRAWS):
+        seeds = rng.integers(0, count, count)  # beside them documents, other draws in every task
+        found.append(np.mean([gap(of[s], of[s].draws[draw - task]) for task, of in enumerate(judges) for s in seeds]))
+    closure = np.mean([[judge.closure(arm)[0] for judge in of_task] for of_task in judges], 0)
+    mean = float(np.mean([gap(judge) for of_task in judges for judge in of_task]))
+    return {"closure": closure.tolist(), "difference": [mean, *Judge._range(np.array(found))]}
 
 
 def choose(dev: dict[str, Judge], doubtful: dict[str, Judge], arms: tuple[str, ...]) -> str:

@@ -177,6 +177,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     import logitproc as lp
+    from logitproc.chain import parse_processor
 
     tokenizer = AutoTokenizer.from_pretrained(lp.pocket("base"))
     texts = openings(args.headlines, args.part)[args.skip :][: args.prompts]
@@ -190,7 +191,8 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         host_ms, *small_ms = passes_ms([host, small.model, expert.model])
         costs = {"layers": layers, "host_ms": host_ms, "small_ms": sum(small_ms)}
         for mode in args.modes:
-            chain = lp.Chain([fusion(expert=expert, base=small, mode=mode)])
+            given = parse_processor(mode)
+            chain = lp.Chain([fusion(expert=expert, base=small, mode=given.pop("name"), **given)])
             arms: dict[str, Any] = {"alone": (lp.Chain(), None), "plain": (chain, None)}
             arms |= {"adapts" if n is None else str(n): (chain, lp.Speculation(tokens=n)) for n in DRAFTS}
             runs = decoded(host, arms, prompts, args, tokenizer.eos_token_id)
@@ -281,7 +283,7 @@ def main() -> None:
     parser.add_argument("what", choices=("passes", "decode"))
     parser.add_argument("--expert", default="mini-expert")
     parser.add_argument("--base", default="mini", help="the small base model")
-    parser.add_argument("--modes", nargs="+", default=["mixture", "newton"])
+    parser.add_argument("--modes", nargs="+", default=["mixture", "newton"], metavar="MODE[:key=value,...]")
     parser.add_argument("--headlines", type=Path, help="style/headlines.txt of the study data")
     parser.add_argument("--part", choices=("dev", "test", "fresh"), default="test")
     parser.add_argument("--layers", nargs="+", type=int, default=[12, 24, 48], help="of the host")

@@ -49,6 +49,7 @@ def test_a_setting_says_which_experts_there_are():
     names = ("a", "b", "c")
     found = {setting: fusion_cells.experts_of(setting, "c", names) for setting in fusion_cells.SETTINGS}
     assert found == {"single": ("c",), "wrong": ("a",), "several": names, "unseen": ("a", "b")}
+    assert [fusion_cells.experts_of(setting, "b", names) for setting in fusion_cells.WRONG[:2]] == [("c",), ("a",)]
 
 
 def test_the_bound_is_that_of_every_text():
@@ -66,17 +67,33 @@ def test_a_label_is_judged_at_the_first_token_in_which_the_words_differ():
     assert fusion_tasks.encode(tiny_tokenizer(), task, fusion_tasks.Document("w7", None)) == ([1, 7, 2], None, [])
 
 
-def test_over_seeds_an_expert_that_depends_on_its_seed_has_a_wider_interval():
-    def cell(expert: float) -> dict:
-        j = judge(host=5.0, expert=expert, mixture=expert - 0.1 * expert, ceiling=3.0)
-        arms = {arm: {"nll": nll.tolist(), "kl": [1.0] * 60, "right": []} for arm, nll in j.nll.items()}
-        return {"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}
+def cell(expert: float) -> dict:
+    """Of a seed whose expert has this loss, and whose mixture a tenth less."""
+    j = judge(host=5.0, expert=expert, mixture=0.9 * expert, ceiling=3.0)
+    arms = {arm: {"nll": nll.tolist(), "kl": [1.0] * 60, "right": []} for arm, nll in j.nll.items()}
+    return {"tokens": TOKENS.tolist(), "arms": arms, "alpha": {}}
 
-    alike = fusion_judge.over_seeds([cell(4.0), cell(4.0)], "mixture", "expert")
-    apart = fusion_judge.over_seeds([cell(3.5), cell(4.5)], "mixture", "expert")
+
+def width(found: dict) -> float:
+    return found["difference"][2] - found["difference"][1]
+
+
+def test_over_seeds_an_expert_that_depends_on_its_seed_has_a_wider_interval():
+    alike = fusion_judge.over_seeds([[cell(4.0), cell(4.0)]], "mixture", "expert")
+    apart = fusion_judge.over_seeds([[cell(3.5), cell(4.5)]], "mixture", "expert")
     assert apart["closure"] == pytest.approx([0.925, 0.475], abs=0.01)
     for found in (alike, apart):
         mean, low, high = found["difference"]
         assert mean == pytest.approx(-0.4, abs=0.01) and low < mean < high
-    width = lambda found: found["difference"][2] - found["difference"][1]
     assert width(apart) > 3 * width(alike)
+
+
+def test_over_tasks_seeds_are_drawn_together_and_documents_are_not():
+    over = lambda *tasks: fusion_judge.over_seeds(tasks, "mixture", "expert")
+    both = over([cell(3.5), cell(4.5)], [cell(3.0), cell(4.0)])
+    assert both["closure"] == pytest.approx([(0.925 + 1.15) / 2, (0.475 + 0.7) / 2], abs=0.01)
+    assert both["difference"][0] == pytest.approx(-0.375, abs=0.01)
+    seeds = [cell(3.5), cell(4.5)]
+    assert width(over(seeds, seeds)) > 0.9 * width(over(seeds)), "one draw of seeds for all tasks"
+    once = [cell(4.0)]
+    assert width(over(once, once)) == pytest.approx(width(over(once)) / math.sqrt(2), rel=0.15)
