@@ -159,7 +159,7 @@ def judge_seeds(study: Study, seeds: tuple[int, ...]) -> str:
 def judge_components(study: Study) -> str:
     """Dev documents, the experts of the first seed: loss of each set of components less that of the default.
 
-    Mean over the tasks; behind it the task, and the expert, where it is largest.
+    The mean over the tasks, and behind it the greatest, of all tasks and wrong experts.
     """
     study = study.of_components()
     of = lambda setting: [[study.cell(setting, "dev", task, 0)] for task in study.tasks]
@@ -168,18 +168,14 @@ def judge_components(study: Study) -> str:
     out = [f"| against the default, nats a token | {' | '.join(TITLES.values())} | below the host | rule |",
            "|---" * (len(cells) + 3) + "|"]  # fmt: skip
     for arm in COMPONENTS:
-        row, met, below = [], True, 0
-        for setting, tasks in cells.items():
-            if arm not in tasks[0][0]["arms"]:
-                row.append("")
-                continue
-            mean = over_seeds(tasks, arm, "mixture")["difference"]
-            each = [Judge(task).difference(arm, "mixture") for task in tasks]
-            below += sum(Judge(task).falls(arm) for task in tasks)
-            row.append(f"{interval(mean)}; {interval(max(each))}")
-            gains = {"single": max(high for _, _, high in each), "several": mean[2]}.get(setting, -1)
-            met &= gains < 0 and max(low for _, low, _ in each) <= HARM
-        out.append(f"| {arm} | {' | '.join(row)} | {below} | {'met' if met and not below else ''} |")
+        known = {setting: found for setting, found in cells.items() if arm in found[0][0]["arms"]}
+        mean = {setting: over_seeds(found, arm, "mixture")["difference"] for setting, found in known.items()}
+        each = {setting: [Judge(task).difference(arm, "mixture") for task in found] for setting, found in known.items()}
+        below = sum(Judge(task).falls(arm) for found in known.values() for task in found)
+        better = all(high < 0 for _, _, high in each["single"]) and mean.get("several", [0.0])[-1] < 0
+        harm = below or any(low > HARM for found in each.values() for _, low, _ in found)
+        shown = (f"{interval(mean[x])}; {interval(max(each[x]))}" if x in known else "" for x in cells)
+        out.append(f"| {arm} | {' | '.join(shown)} | {below} | {'met' if better and not harm else ''} |")
     return "\n".join(out) + "\n"
 
 
@@ -309,6 +305,8 @@ def main() -> None:
     study = Study(args.host, args.small, args.data, args.out, args.documents, args.multi_task,
                   args.brief)  # fmt: skip
     seeds = SEEDS[: args.seeds]
+    tables = {"seeds": lambda: judge_seeds(study, seeds), "sampled": lambda: judge_sampled(study),
+              "components": lambda: judge_components(study)}  # fmt: skip
     if args.stage == "experts":
         for seed in seeds:
             for task in study.tasks:
@@ -316,10 +314,8 @@ def main() -> None:
     elif args.stage == "ceilings":
         for task in (*study.tasks, *(["all"] if args.multi_task else [])):
             study.model("host", task, 0)
-    elif args.stage in ("seeds", "sampled", "components"):
-        judged = {"seeds": lambda: judge_seeds(study, seeds), "sampled": lambda: judge_sampled(study),
-                  "components": lambda: judge_components(study)}  # fmt: skip
-        text = judged[args.stage]()
+    elif args.stage in tables:
+        text = tables[args.stage]()
         print(text)
         write_text(study.out / f"{args.stage}.md", text)
     else:
