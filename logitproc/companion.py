@@ -67,7 +67,8 @@ class Companion:
     float32). Padding is never read and shifts no position.
 
     Parameters:
-        model: any causal LM of transformers, used as it is: on its device, in its dtype.
+        model: any causal LM of transformers, also with an adapter of peft, used as it is: on its device, in its
+            dtype. `Companion.load` takes a name.
         tokenizer: the model's own, to be compared with the host's.
         prompt: what the companion reads in place of the host's prompt: a text, token ids, or a function from
             the host's prompt (token ids without padding) to token ids. The generated tokens follow it.
@@ -78,7 +79,8 @@ class Companion:
             "truncate" drops the oldest tokens, half a context at a time; "off" gives no opinion (None), so
             that processors leave the scores alone.
 
-    Raises ValueError for an encoder-decoder model. Calls take turns; `fork` for parallel generations.
+    Raises ValueError for an encoder-decoder model, TypeError for a name. Calls take turns; `fork` for parallel
+    generations.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class Companion:
         cache: bool = True,
         overflow: Literal["error", "truncate", "off"] = "error",
     ):
+        if isinstance(model, str | Path):
+            raise TypeError(f"A companion is made of a loaded model; Companion.load({str(model)!r}) loads one by name.")
         config = model.config.get_text_config()
         self.name = Path(str(model.config.name_or_path)).name or type(model).__name__
         if model.config.is_encoder_decoder:
@@ -458,6 +462,10 @@ class Companion:
         model, MemoryError when it does not fit on the device, ValueError for a device that is not there.
         """
         folder = base / model if base is not None and (base / model).is_dir() else Path(model)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} is an adapter without its model; save the two merged (peft's merge_and_unload) and name that."
+            )
         source = find_model(str(folder))
         one_of("dtype", dtype, _DTYPES)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")

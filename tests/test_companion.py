@@ -781,6 +781,27 @@ def test_a_companion_too_large_for_its_device_says_which_and_how_large(folder, p
     assert not any(str(folder) in str(key) for key in module._loaded)
 
 
+def test_an_adapter_of_peft_is_a_companion_and_by_name_must_be_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    made = peft.get_peft_model(make_model(), config).eval()
+    companion, ids = Companion(made), texts(2, 7)
+    for length in (5, 6, 7):
+        close(companion(ids[:, :length]), truth(made, ids[:, :length]))
+    assert (companion(ids) - truth(make_model(), ids)).abs().max() > 0.01
+    made.save_pretrained(tmp_path / "lora")
+    tiny_tokenizer().save_pretrained(tmp_path / "lora")
+    with pytest.raises(FileNotFoundError, match="lora is an adapter without its model; save the two merged"):
+        Companion.load(tmp_path / "lora")
+    made.merge_and_unload().save_pretrained(tmp_path / "merged")
+    close(Companion.load(tmp_path / "merged")(ids), companion(ids))
+
+
+def test_a_name_is_not_a_model():
+    with pytest.raises(TypeError, match=r"Companion.load\('mini'\) loads one by name"):
+        Companion("mini")
+
+
 def test_a_device_a_dtype_or_a_repository_that_is_not_there_is_named(folder, monkeypatch):
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ValueError, match=f"small cannot be on device '{device}'; take cpu"):
