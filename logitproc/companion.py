@@ -464,7 +464,7 @@ class Companion:
         folder = base / model if base is not None and (base / model).is_dir() else Path(model)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder} is an adapter without its model; save the two merged (peft's merge_and_unload) and name that."
+                f"{folder} is an adapter without its model; save the two merged (peft: merge_and_unload); name that."
             )
         source = find_model(str(folder))
         one_of("dtype", dtype, _DTYPES)
