@@ -154,8 +154,8 @@ class NGramStyleLogitsProcessor(Processor):
     """Steer a model towards the style of a corpus with n-gram counts of its tokens.
 
     scores [rows, width] -> scores + strength * g [rows, width], nats; g as in the module's docstring, from
-    the last `prior.order - 1` tokens, prompt included. strength 0 returns the scores bit for bit. Columns
-    beyond the prior's vocabulary, and special tokens, keep their scores (`exempt`, `eos`); the dense rules
+    the last `prior.order - 1` tokens, prompt included. strength 0 without a guard returns the scores bit
+    for bit. Columns beyond the prior's vocabulary, and special tokens, get no bias (`exempt`, `eos`); the dense rules
     centre g to E_p[g] = 0 for that, which no softmax over the other tokens can tell.
 
     strength, confidence, plausibility and guard that are left out are the rule's own (`DEFAULTS`): what the
@@ -181,8 +181,8 @@ class NGramStyleLogitsProcessor(Processor):
             their scores are divided by a temperature below 1 where that is needed; their sum of p stays.
         guard: strength of the loop guard (DRY) in nats, 0 for off; its growth, the match length that is
             still free, and its bound are guard_base, guard_length and guard_cap.
-        exempt: further ids that keep their scores. Pad, BOS, unknown and EOS always do; with eos="prior" EOS
-            takes the prior's end of document.
+        exempt: further ids without a bias; the guard spares none. Pad, BOS, unknown and EOS always are; with
+            eos="prior" EOS takes the prior's end of document.
         bos: the beginning of a text is the start of a document for the prior.
 
     Raises ValueError for a parameter outside its range. Source: arXiv:2601.16224, section 2.2 (rule
@@ -243,6 +243,13 @@ class NGramStyleLogitsProcessor(Processor):
             raise ValueError(f"prior must be an NGramPrior, got {type(self.prior).__name__}.")
         if (self.rule == "ratio") != (self.background is not None):
             raise ValueError("rule='ratio' needs a background prior, and no other rule takes one.")
+        if self.background is not None:
+            ours, theirs = (p.tokenizer for p in (self.prior, self.background))
+            if any(ours[key] != theirs[key] for key in ("fingerprint", "vocab_size")):
+                raise ValueError(
+                    f"prior and background must share a tokenizer, got {ours['name']} ({ours['vocab_size']} tokens) "
+                    f"and {theirs['name']} ({theirs['vocab_size']} tokens)."
+                )
         self.weights = None if self.weights is None else listed("weights", self.weights)
         if self.weights is not None and len(self.weights) != self.prior.order:
             raise ValueError(f"weights must hold {self.prior.order} numbers, got {list(self.weights)}.")

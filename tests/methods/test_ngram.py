@@ -417,6 +417,9 @@ def test_special_and_exempt_tokens_keep_their_scores(documents):
         assert torch.equal(out[:, [1, 2, 49]], z[:, [1, 2, 49]])
         with_end = processor(prior, rule=rule, strength=1.0, eos="prior")(tokens, z)
         assert (with_end[:, 49] != z[:, 49]).all()
+    loop, flat = torch.tensor([[1, 2, 3, 1, 2]]), torch.zeros(1, 50)
+    guarded = processor(prior, strength=1.0, exempt=(3,), guard=0.5)(loop, flat)
+    assert guarded[0, 3].item() == pytest.approx(-0.5)  # the guard spares none
 
 
 def test_columns_beyond_the_vocabulary_are_left_alone(prior):
@@ -550,6 +553,12 @@ def test_a_file_that_is_not_our_arpa_is_refused(prior, tmp_path, text, message):
 def test_a_parameter_outside_its_range_is_refused(prior, options, message):
     with pytest.raises(ValueError, match=message):
         NGramStyleLogitsProcessor(prior, **options)
+
+
+def test_priors_of_two_tokenizers_have_no_ratio(prior):
+    other = lp.NGramPrior.from_ids([[1, 2]], 3, 60)
+    with pytest.raises(ValueError, match=r"must share a tokenizer, got ids \(50 tokens\) and ids \(60 tokens\)"):
+        processor(prior, "ratio", background=other)
 
 
 @pytest.mark.parametrize("rule", RULES)
