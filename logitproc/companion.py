@@ -72,7 +72,8 @@ class Companion:
         tokenizer: the model's own, to be compared with the host's.
         prompt: what the companion reads in place of the host's prompt: a text, token ids, or a function from
             the host's prompt (token ids without padding) to token ids. The generated tokens follow it.
-        pad_token_id: for calls without a mask; that of the tokenizer or the model if left out.
+        pad_token_id: for calls without a mask; that of the tokenizer or the model if left out, and where these have
+            none the end of a text, as in transformers.
         cache: False computes every text anew, as is done anyway with models whose cache cannot be cropped: those
             with recurrent or convolutional layers (Mamba, Qwen3.5, LFM2) and with a RoPE that grows.
         overflow: what becomes of a text longer than the model reads. "error" raises `ContextOverflow`;
@@ -103,9 +104,10 @@ class Companion:
             raise ValueError(f"overflow must be error, truncate or off, got {overflow!r}.")
         self.model, self.tokenizer, self.overflow = model, tokenizer, overflow
         self.prompt, self._given_prompt = _as_function(prompt, tokenizer), prompt
-        pads = (pad_token_id, getattr(tokenizer, "pad_token_id", None), config.pad_token_id)
+        ends = _listed(config.eos_token_id)
+        pads = (pad_token_id, getattr(tokenizer, "pad_token_id", None), config.pad_token_id, *ends)
         self.pad_token_id = next((pad for pad in pads if pad is not None), None)
-        self._ambiguous_pads = {config.bos_token_id, *_listed(config.eos_token_id)}
+        self._ambiguous_pads = {config.bos_token_id, *ends}
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
         self._cacheable = cache and not getattr(model, "_is_stateful", False)

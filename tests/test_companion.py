@@ -468,6 +468,9 @@ def test_a_pad_token_that_may_be_text_is_guessed_with_a_warning():
     with pytest.warns(UserWarning, match="pass the attention mask"):
         companion = Companion(make_model(eos_token_id=0))
         close(companion(ids), truth(companion.model, ids, mask))
+    with pytest.warns(UserWarning, match="pass the attention mask"):  # ends where there is none
+        unpadded = Companion(make_model(eos_token_id=[0, 2], pad_token_id=None))
+        close(unpadded(ids), truth(unpadded.model, ids, mask))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         companion(ids)  # it is said once
