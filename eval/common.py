@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitproc import __version__, cli
+from logitproc.bundled import find_model
 
 if TYPE_CHECKING:  # torch and transformers are imported after the flags are read, so that --help is quick
     from logitproc.scoring import Report
@@ -96,7 +97,7 @@ def _score(args: argparse.Namespace, divergence: bool) -> "tuple[Report, Figures
     given = {"split": args.split, "config": args.config, "sample_by": args.sample_by}
     texts = documents(args.data, column=args.column, **{k: v for k, v in given.items() if v is not None})
     accelerator = Accelerator(cpu=_on_cpu(args.device))
-    source = cli.find_model(args.model)
+    source = find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype).to(accelerator.device)
     context = args.context or min(scoring.max_context(model) or 1024, 1024)

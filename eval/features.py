@@ -14,7 +14,7 @@ from typing import Any
 import common
 import numpy as np
 
-from logitproc import cli
+from logitproc.bundled import find_model
 from logitproc.corpus import labelled
 from logitproc.features import tf_idf
 
@@ -62,7 +62,7 @@ def hidden_states(texts: Sequence[str], model: str, batch_size: int = 64) -> np.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = cli.find_model(model)
+    source = find_model(model)
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))

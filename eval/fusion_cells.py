@@ -18,8 +18,8 @@ from fine_tuning import fine_tune
 from fusion_tasks import TRAIN, encode, tasks
 
 import logitproc as lp
-from logitproc import cli
 from logitproc.artifact import write_text
+from logitproc.bundled import find_model
 from logitproc.generation import seed_everything
 from logitproc.methods.fusion import fuse
 from logitproc.scoring import process_positions
@@ -105,7 +105,7 @@ class Study:
                  multi_task: bool = True, brief: bool = False):  # fmt: skip
         from transformers import AutoTokenizer
 
-        self.sources = {"host": cli.find_model(host), "small": cli.find_model(small)}
+        self.sources = {"host": find_model(host), "small": find_model(small)}
         self.out = out / f"{Path(host).name}-{Path(small).name}"
         self.cells = self.out / "cells"
         self.tokenizer = AutoTokenizer.from_pretrained(self.sources["host"])

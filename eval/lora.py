@@ -27,8 +27,9 @@ from fine_tuning import fine_tune
 from study import CORPORA, SAMPLE, SEEDS, TEMPERATURES, Cells, Study
 from sweep import Cell, run_cell
 
-from logitproc import cli, scoring
+from logitproc import scoring
 from logitproc.artifact import write_text
+from logitproc.bundled import find_model
 from logitproc.chain import Chain
 from logitproc.corpus import documents
 from logitproc.methods.ngram import OFF
@@ -144,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
     args = parser.parse_args()
     reporting = args.prompts.read_text(encoding="utf-8").splitlines()[1::2]
-    lora = LoRA(Study(args.model, args.styles, args.out, reporting), cli.find_model(args.model))
+    lora = LoRA(Study(args.model, args.styles, args.out, reporting), find_model(args.model))
     document: dict[str, dict] = {"sample": {}, "held_out": {}, "training": {}}
     for corpus in args.corpora:
         document["sample"][corpus] = lora.judged(corpus)

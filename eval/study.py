@@ -56,8 +56,9 @@ from typing import Any
 import numpy as np
 from sweep import COLORS, Bench, Cell, annotate, run_cell
 
-from logitproc import cli, metrics
+from logitproc import metrics
 from logitproc.artifact import write_text
+from logitproc.bundled import find_model
 from logitproc.methods.ngram import OFF
 
 CORPORA = ("quixote", "headlines", "arxiv")
@@ -134,7 +135,7 @@ class Study:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        source = cli.find_model(name)
+        source = find_model(name)
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         self.styles, self.out, self.prompts = styles, out / Path(name).name, prompts

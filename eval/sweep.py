@@ -35,6 +35,7 @@ import common
 
 from logitproc import __version__, cli, metrics, registry
 from logitproc.artifact import Artifact, check_place, write_text
+from logitproc.bundled import find_model
 from logitproc.prior import NGramPrior
 
 if TYPE_CHECKING:  # torch and transformers are imported after the flags are read, so that --help is quick
@@ -577,7 +578,7 @@ def _sweep(args: argparse.Namespace) -> None:
     chains = [build_chain(cell.spec) for cell in cells]
     style = _artifact(NGramPrior, args.style) if args.style else _first_prior(chains)
     held_out = _artifact(NGramPrior, args.held_out)
-    source, device = cli.find_model(args.model), cli.choose_device(args.device)
+    source, device = find_model(args.model), cli.choose_device(args.device)
     tokenizer = AutoTokenizer.from_pretrained(source)
     for chain in chains:
         chain.check(tokenizer=tokenizer)

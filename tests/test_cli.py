@@ -220,7 +220,7 @@ def test_errors_are_one_sentence_and_debug_shows_where(monkeypatch, run, refused
     def fail():
         raise error
 
-    monkeypatch.setattr(cli.registry, "entries", fail)
+    monkeypatch.setattr(registry, "entries", fail)
     assert refused("list", status=status) == f"logitproc: {sentence}\n"
     for arguments in (["--debug", "list"], ["list", "--debug"]):
         found, out, err = run(*arguments)
@@ -331,7 +331,7 @@ def test_dtype_device_and_device_map_reach_the_model(monkeypatch, generate):
         return seen[-1]
 
     real, maps = cli.load_model, []
-    monkeypatch.setattr(cli, "load_model", spy)
+    monkeypatch.setattr(cli.generate, "load_model", spy)
     generate("--prompt", "the", "--dtype", "bfloat16", "--device", "cpu")
     generate("--prompt", "the", "--device-map", "auto")
     assert [model.dtype for model in seen] == [torch.bfloat16, torch.float32]
@@ -355,8 +355,8 @@ def test_results_appear_batch_by_batch(monkeypatch, run):
         calls.append(real(*arguments, **kwargs))
         return calls[-1]
 
-    real, calls = cli._continue, []
-    monkeypatch.setattr(cli, "_continue", spy)
+    real, calls = cli.generate.continuations, []
+    monkeypatch.setattr(cli.generate, "continuations", spy)
     arguments = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     status, out, err = run("generate", *arguments, "--batch-size", 1, "--json")
     assert status == 1 and "out of memory" in err
@@ -588,13 +588,13 @@ def test_demo_shows_text_side_by_side_and_a_table(run, monkeypatch):
     assert status == 0 and all(line.startswith("Loading the companion") for line in err.splitlines())
     lines = out.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if "style perplexity" in line) :]
-    assert [line.split()[0] for line in table[1 : 2 + len(cli.DEMO)]] == ["unsteered", *cli.DEMO]
-    assert all(f"{prompt} ..." in lines for prompt in cli.DEMO_PROMPTS[: len(cli.DEMO)])
-    shown = {setting.partition(":")[0] for setting in cli.DEMO}
+    assert [line.split()[0] for line in table[1 : 2 + len(cli.demo.DEMO)]] == ["unsteered", *cli.demo.DEMO]
+    assert all(f"{prompt} ..." in lines for prompt in cli.demo.DEMO_PROMPTS[: len(cli.demo.DEMO)])
+    shown = {setting.partition(":")[0] for setting in cli.demo.DEMO}
     assert all(entry.summary in lines for entry in registry.entries() if entry.name in shown)
     assert all(len(line) <= 120 for line in lines[:-1])
-    assert sum(" | " in line for line in lines) >= 3 * len(cli.DEMO)
-    assert lines.count("-" * 48 + " | " + "-" * 48) == len(cli.DEMO)  # side by side under titles of any length
+    assert sum(" | " in line for line in lines) >= 3 * len(cli.demo.DEMO)
+    assert lines.count("-" * 48 + " | " + "-" * 48) == len(cli.demo.DEMO)  # side by side under titles of any length
     assert lines[-1].startswith("Try next: logitproc generate") and "logitproc fit ngram" in lines[-1]
 
 
@@ -605,8 +605,8 @@ def test_demo_figures_repeat_and_mean_what_they_say(run, pocket, monkeypatch):
         seen.append((arguments[3], real(*arguments)))
         return seen[-1][1]
 
-    real, seen = cli._continue, []
-    monkeypatch.setattr(cli, "_continue", spy)
+    real, seen = cli.demo.continuations, []
+    monkeypatch.setattr(cli.demo, "continuations", spy)
     arguments = ["demo", "--max-new-tokens", 12, "--seed", 4, "--json"]
     status, out, _ = run(*arguments)
     assert status == 0 and run(*arguments)[1] == out
