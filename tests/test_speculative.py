@@ -246,7 +246,7 @@ def exact(host, chain, prompt: Tensor, length: int, temperature: float) -> Tenso
     return torch.tensor(probabilities)
 
 
-@pytest.mark.parametrize("method", ["fused", "blend"])
+@pytest.mark.parametrize("method", ["fused", "blend", "newton", "mixture"])
 def test_sampled_text_has_the_distribution_of_plain_decoding(method):
     """Chi-square over all texts of 3 tokens; drafts of 2, so that all outcomes of a round occur."""
     options = {"width": SMALL, "context": 16, "pad_token_id": None, "bos_token_id": None, "layers": 1}
@@ -256,8 +256,10 @@ def test_sampled_text_has_the_distribution_of_plain_decoding(method):
     expert, base = Companion(expert), Companion(base)
     if method == "fused":
         chain = lp.Chain([FollowLogitsProcessor(base, weight=-1.0), FollowLogitsProcessor(expert)])
-    else:
+    elif method == "blend":
         chain = lp.Chain([BlendLogitsProcessor(expert)])
+    else:
+        chain = lp.Chain([lp.DynamicFusionLogitsProcessor(expert, base, mode=method)])
     prompt, n, length, temperature = torch.tensor([[1, 2]]), 700, 3, 0.8
     expected = n * exact(host, chain, prompt, length, temperature)
     torch.testing.assert_close(expected.sum(), torch.tensor(float(n)), rtol=1e-4, atol=0)

@@ -358,7 +358,8 @@ class DynamicFusionLogitsProcessor(Processor):
         share: in [0, 0.1], of the weight that is spread evenly after every token. With 0 the loss of "mixture" on
             a text is at most that of its best component plus ln M nats, M = 1 + T (len(beta) + len(alpha)).
 
-    Raises ValueError for a parameter outside its range or of another mode's number of experts. Source:
+    Raises ValueError for a parameter outside its range, for alpha or beta of another mode, and for another number of
+    experts than the mode takes. Source:
     arXiv:2406.15480, section 3 ("grid", "select"); arXiv:2401.08565 ("static"); arXiv:2310.12962 ("upscale").
 
     Where all alpha are 0 the scores are returned bit for bit. Beams are safe. Evidence cannot be
@@ -431,6 +432,8 @@ class DynamicFusionLogitsProcessor(Processor):
         given = self.alpha
         if given is None:
             given = 1.0 if self.mode == "static" else ()
+        elif self.mode not in ("static", "mixture"):
+            raise ValueError(f"mode={self.mode!r} takes no alpha; give it to 'static' or 'mixture'.")
         alpha = list(given) if isinstance(given, Sequence) else [given]
         for value in alpha:
             in_range("alpha", value, -1e4, 1e4)
@@ -439,6 +442,8 @@ class DynamicFusionLogitsProcessor(Processor):
         return alpha * self._count if self.mode == "static" and len(alpha) == 1 else alpha
 
     def _read_beta(self) -> list[float]:
+        if self.beta is not None and self.mode not in ("upscale", "mixture"):
+            raise ValueError(f"mode={self.mode!r} takes no beta; give it to 'upscale' or 'mixture'.")
         given = UPSCALE if self.beta is None else self.beta
         beta = list(given) if isinstance(given, Sequence) else [given]
         for value in beta:
