@@ -3,6 +3,7 @@
     python eval/speculative.py passes                                   forward passes, two small models stacked
     python eval/speculative.py decode --headlines FILE --layers 6 12 24     greedy, tokens a second of every arm
     python eval/speculative.py decode --headlines FILE --layers 12 --do-sample
+    python eval/speculative.py decode --headlines FILE --layers 6 --modes upscale "mixture:beta=[0,0.3]"
 
 The host is the bundled `base`. A costlier host with the very distribution of `base` has more layers whose output
 is 0: real acceptance at an honest cost. The prompts are the first four words of headlines that trained no expert
