@@ -66,6 +66,7 @@ TITLES = {"quixote": "Don Quixote", "headlines": "headlines", "arxiv": "arXiv", 
 GRID = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.00)
 COARSE = (0.1, 0.2, 0.3, 0.5, 1.0)
 FINE = (0.5, 0.7, 0.9, 1.0)
+FEW = (0.3, 0.7, 1.0)
 GAIN_KEPT = 0.9
 TEMPERATURES = (0.7, 0.8, 0.9)
 SEEDS = (0, 1, 2)
@@ -111,9 +112,10 @@ INSTRUCTIONS = {
     "headlines": "Write in the style of the headlines of a newspaper. ",
     "arxiv": "Write in the style of the abstract of a scientific article. ",
 }
-DEFAULT = "backoff wb keep.003 guard2"  # what the rules above chose, at strength .7
-RIVALS = ["backoff wb", "backoff wb guard2", "backoff wb keep.01 guard2"]
-# Schedules of the default arm
+CONSTANT = "backoff wb keep.003 guard2"  # what the rules of 2026-11-25 chose, at strength .7
+DEFAULT = CONSTANT
+RIVALS = ["backoff wb", "backoff wb guard2"]
+# Schedules of that arm
 SCHEDULES = {
     "entropy": {"schedule": "entropy"},
     "budget.05": {"schedule": "budget(0.05)"},
@@ -123,9 +125,16 @@ SCHEDULES = {
     "surprisal.1": {"schedule": "surprisal(0.1)"},
     "surprisal guard1.2": {"schedule": "surprisal", "guard": 1.2},
 }
-ARMS |= {name: (3, ARMS[DEFAULT][1] | changed) for name, changed in SCHEDULES.items()}
+ARMS |= {name: (3, ARMS[CONSTANT][1] | changed) for name, changed in SCHEDULES.items()}
 STRENGTHS = (0.7, 1.0)
 MASKS = ["backoff wb keep.01 guard2", "backoff wb guard2", "backoff wb keep.02 guard2"]
+PRICE_HEADING = """# `ngram`: schedules of the default arm, the choosing half
+
+Odd prompts, sampled, three seeds; differences to unsteered text, 95 % intervals."""
+REPORT_HEADING = """# `ngram`: the reporting half, `{}`
+
+Even prompts; sampled with three seeds, and greedy; differences to unsteered text of the same decoding, 95 % intervals.
+Verdicts on greedy text hold its base nats against those of unsteered sampled text."""
 
 
 class Study:
@@ -320,12 +329,12 @@ def safe_settings(result: dict) -> list[tuple[str, str, float]]:
 
 
 def priced(studies: dict[str, Study]) -> dict[str, dict]:
-    """{model: judgements} of the default and SCHEDULES at STRENGTHS; on later models only of what is safe so far."""
-    grids, judged = dict.fromkeys([DEFAULT, *SCHEDULES], STRENGTHS), {}
+    """{model: judgements} of CONSTANT and SCHEDULES at STRENGTHS; on later models only of what is safe so far."""
+    grids, judged = dict.fromkeys([CONSTANT, *SCHEDULES], STRENGTHS), {}
     for model, study in studies.items():
         judged[model] = run(study, grids, SEEDS)
         passed = {(arm, float(strength)) for arm, strength, _ in safe_settings(judged[model])}
-        kept = {arm: tuple(s for s in grid if arm == DEFAULT or (arm, s) in passed) for arm, grid in grids.items()}
+        kept = {arm: tuple(s for s in grid if arm == CONSTANT or (arm, s) in passed) for arm, grid in grids.items()}
         grids = {arm: grid for arm, grid in kept.items() if grid}
     return judged
 
@@ -436,7 +445,7 @@ if __name__ == "__main__":
         for arm, strength, corpora, collapses, gain in ranking(document["sample"])[:20]:
             print(f"{arm:24} {strength:>4}  admissible on {corpora}, {collapses} collapses, gain {gain:.2f}")
     elif args.stage == "strength":
-        arms = args.arms or [DEFAULT, *MASKS]
+        arms = args.arms or [CONSTANT, *MASKS]
         document = {"sample": run(study, dict.fromkeys(arms, FINE), SEEDS)}
         print(markdown(document["sample"]))
         for arm in arms:
@@ -445,16 +454,18 @@ if __name__ == "__main__":
             print(f"safe on all corpora: {arm} at {strength}, mean held-out gain {gain:.2f}")
     elif args.stage == "price":
         document = priced(studies)
+        print(PRICE_HEADING)
         for model, judged in document.items():
-            print(f"\n### {model}\n{markdown(judged)}")
+            print(f"\n## `{model}`\n{markdown(judged)}")
         for arm, strength, gain in best_everywhere(document):
             print(f"safe on all corpora of all models: {arm} at {strength}, mean held-out gain {gain:.2f}")
     else:
         arms = args.arms or ["paper", DEFAULT]
-        grids = dict.fromkeys(arms, tuple(args.grid)) | ({} if args.arms else dict.fromkeys(RIVALS, COARSE))
+        grids = dict.fromkeys(arms, tuple(args.grid)) | ({} if args.arms else dict.fromkeys(RIVALS, FEW))
         parts = {"sample": lambda: run(study, grids, SEEDS), "greedy": lambda: run_greedy(study, arms, args.grid)}
         document = {part: parts[part]() for part in args.parts}
+        print(REPORT_HEADING.format(study.out.name))
         for part, judged in document.items():
-            print(f"\n### {part}\n{markdown(judged)}")
+            print(f"\n## {TITLES[part].capitalize()}\n{markdown(judged)}")
     write_text(study.out / f"{args.stage}.json", json.dumps(document, indent=1))
     plot(document, study.out / f"{args.stage}.png")

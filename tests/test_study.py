@@ -84,8 +84,8 @@ def test_a_setting_must_be_safe_on_every_model_and_what_is_not_on_one_is_not_run
 
     monkeypatch.setattr(study, "run", run)
     result = study.priced({"sure": None, "unsure": None})
-    assert set(asked[0]) == {study.DEFAULT, *study.SCHEDULES}
-    assert asked[1] == dict.fromkeys((study.DEFAULT, "entropy", "surprisal"), study.STRENGTHS)
+    assert set(asked[0]) == {study.CONSTANT, *study.SCHEDULES}
+    assert asked[1] == dict.fromkeys((study.CONSTANT, "entropy", "surprisal"), study.STRENGTHS)
     best = study.best_everywhere(result)
     assert {(arm, s) for arm, s, _ in best[:2]} == {("surprisal", "0.7"), ("surprisal", "1")} and len(best) == 4
     assert best[0][2] == pytest.approx(2.5, abs=0.1)
