@@ -113,8 +113,8 @@ INSTRUCTIONS = {
     "arxiv": "Write in the style of the abstract of a scientific article. ",
 }
 CONSTANT = "backoff wb keep.003 guard2"  # what the rules of 2026-11-25 chose, at strength .7
-DEFAULT = CONSTANT
-RIVALS = ["backoff wb", "backoff wb guard2"]
+DEFAULT = "surprisal guard1.2"  # what that of 2026-11-26 chose, at strength 1
+RIVALS = [CONSTANT, "backoff wb", "backoff wb guard2"]
 # Schedules of that arm
 SCHEDULES = {
     "entropy": {"schedule": "entropy"},

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..prior import NGramPrior
 
 DEMO = (  # a row of the demo each, all on the host `base`
-    "ngram:prior=quixote,strength=0.7",
+    "ngram:prior=quixote,strength=1.0",
     "aligndistil:dpo=mini-dpo,reverse=mini-reverse-dpo",
     "fusion:expert=mini-dpo,base=mini",
     "vq:head=base-vq",

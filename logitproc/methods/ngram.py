@@ -32,11 +32,13 @@ from ..registry import register
 Rule = Literal["paper", "lift", "backoff", "ratio"]
 # What a parameter left out (None) becomes. `backoff`: chosen by `eval/study.py`, see eval/RESULTS.md. The others are
 # the bare formulas; `paper` at the strength that the paper found best.
-OFF: dict[str, Any] = {"confidence": "none", "plausibility": 0.0, "guard": 0.0}
+OFF: dict[str, Any] = {"confidence": "none", "plausibility": 0.0, "guard": 0.0, "schedule": "constant"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"strength": 0.1, **OFF},
     "lift": {"strength": 0.2, **OFF},
-    "backoff": {"strength": 0.7, "confidence": "wb", "plausibility": 0.003, "guard": 2.0},
+    "backoff": {
+        "strength": 1.0, "confidence": "wb", "plausibility": 0.003, "guard": 1.2, "schedule": "surprisal",
+    },
     "ratio": {"strength": 0.2, **OFF},
 }
 BY_RULE: Any = None
@@ -158,7 +160,7 @@ class NGramStyleLogitsProcessor(Processor):
     for bit. Columns beyond the prior's vocabulary, and special tokens, get no bias (`exempt`, `eos`); the dense rules
     centre g to E_p[g] = 0 for that, which no softmax over the other tokens can tell.
 
-    strength, confidence, plausibility and guard that are left out are the rule's own (`DEFAULTS`): what the
+    strength, confidence, plausibility, schedule and guard that are left out are the rule's own (`DEFAULTS`): what the
     study chose for "backoff", the bare formula for the others.
 
     Parameters:
@@ -209,7 +211,7 @@ class NGramStyleLogitsProcessor(Processor):
     plausibility: float = BY_RULE
     plausibility_mode: Literal["keep", "drop"] = "keep"
     clip: float | None = None
-    schedule: str = "constant"
+    schedule: str = BY_RULE
     guard: float = BY_RULE
     guard_base: float = 1.75
     guard_length: int = 2
@@ -285,9 +287,9 @@ class NGramStyleLogitsProcessor(Processor):
             "backoff": cls(prior, confidence="count(5)", bos=True, eos="prior"),
             "ratio": cls(prior, rule="ratio", background=background),
             "keep": cls(prior, plausibility=0.1, clip=2.0, schedule="entropy"),
+            "constant": cls(prior, schedule="constant"),
             "drop": cls(prior, rule="lift", plausibility=0.05, plausibility_mode="drop"),
             "budget": cls(prior, schedule="budget(0.05)"),
-            "surprisal": cls(prior, strength=1.0, schedule="surprisal"),
             "surprisal without a mask": cls(prior, schedule="surprisal(0.05)", plausibility=0.0),
             "guard": cls(prior, rule="paper", schedule="ramp(4)", guard=0.8),
         }
