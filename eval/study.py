@@ -385,11 +385,13 @@ def plot(document: dict[str, dict], path: Path) -> None:
 
     figure = Figure(figsize=(15, 5.2 * len(document) + 0.8), dpi=120, layout="constrained")
     panels = figure.subplots(len(document), len(CORPORA), squeeze=False)
+    arms = list(dict.fromkeys(arm for result in document.values() for arm in result[CORPORA[0]]))
     notes = []
     for axes, (part, result) in zip(panels, document.items(), strict=True):
         axes[0].set_ylabel("held-out style loss (nats per token): less is closer")
         for axis, corpus in zip(axes, CORPORA, strict=True):
-            notes.append((axis, [note for line in enumerate(result[corpus].items()) for note in draw(axis, *line)]))
+            lines = ((arms.index(arm), (arm, cells)) for arm, cells in result[corpus].items())
+            notes.append((axis, [note for line in lines for note in draw(axis, *line)]))
             title = f"{TITLES[corpus]}, {TITLES.get(part, part)}"
             axis.set(title=title, xlabel="base loss (nats per token): less is likelier")
             axis.grid(alpha=0.25)
