@@ -179,8 +179,9 @@ class NGramStyleLogitsProcessor(Processor):
         clip: bound on |strength * g|, nats.
         schedule: "constant", "ramp(n)" from 0 over n generated tokens, "entropy" for strength H(p) / ln V,
             "budget(eps)" to scale the bias of a step down to KL(processed, base) <= eps nats, "surprisal(m)" to
-            bound the price in fluency: E[-ln p] of the biased tokens rises by at most m nats ("surprisal": 0), as
-            their scores are divided by a temperature below 1 where that is needed; their sum of p stays.
+            bound the price in fluency: E[-ln p] among the biased tokens rises by at most m nats ("surprisal": 0).
+            Where it would rise more, their scores are divided by the largest temperature that keeps the bound;
+            the sum of their probabilities stays.
         guard: strength of the loop guard (DRY) in nats, 0 for off; its growth, the match length that is
             still free, and its bound are guard_base, guard_length and guard_cap.
         exempt: further ids without a bias; the guard spares none. Pad, BOS, unknown and EOS always are; with
@@ -257,9 +258,7 @@ class NGramStyleLogitsProcessor(Processor):
             raise ValueError(f"weights must hold {self.prior.order} numbers, got {list(self.weights)}.")
         for weight in self.weights or ():
             in_range("weights", weight, 0, 1e6)
-        self._schedule, self._amount = name_and_number(
-            one_of("schedule", self.schedule, SCHEDULES)
-        )
+        self._schedule, self._amount = name_and_number(one_of("schedule", self.schedule, SCHEDULES))
         one_of("confidence", self.confidence, ("none", "wb", "count(d)"))
         true_or_false("bos", self.bos)
         self.exempt = listed("exempt", self.exempt)

@@ -293,8 +293,8 @@ extern "C" {
 
 // tokens [rows, reach], a row every `stride`. factor [rows] or null.
 void add_ngrams(const float* scores, const int64_t* tokens, int64_t stride, const float* factor, const Bias* bias,
-                int64_t rule, float limit, float nats, int64_t drop, float* out, int64_t reach, int64_t rows, int64_t width,
-                int64_t threads) {
+                int64_t rule, float limit, float nats, int64_t drop, float* out, int64_t reach, int64_t rows,
+                int64_t width, int64_t threads) {
   const Table* tables = bias->tables;
   const Span* spans = bias->spans;
   const int64_t two = bias->two, count = bias->count;
