@@ -117,8 +117,7 @@ class Study:
         """The same pair, with other components of the mixture in place of the arms."""
         study = copy.copy(self)
         study.cells = self.out / "components"
-        one_expert = {arm for arm, options in COMPONENTS.items() if options["mode"] == "upscale"}
-        several = {arm: options for arm, options in COMPONENTS.items() if arm not in one_expert}
+        several = {arm: options for arm, options in COMPONENTS.items() if options["mode"] == "mixture"}
         study.arms = {"several": several, "unseen": several, **dict.fromkeys(("single", *WRONG), COMPONENTS)}
         return study
 
