@@ -159,7 +159,7 @@ def vq(x: Inputs) -> list[Processor]:
 STEPS: dict[str, Made] = {
     "ngram paper": ngram(rule="paper"),
     "ngram lift": ngram(rule="lift"),
-    "ngram backoff": ngram(confidence="none", plausibility=0.0, guard=0.0),
+    "ngram backoff": ngram(confidence="none", plausibility=0.0, guard=0.0, schedule="constant"),
     "ngram default": ngram(),
     "suppression paper": suppression(rule="paper"),
     "suppression ratio": suppression(),

@@ -160,8 +160,9 @@ class NGramStyleLogitsProcessor(Processor):
     for bit. Columns beyond the prior's vocabulary, and special tokens, get no bias (`exempt`, `eos`); the dense rules
     centre g to E_p[g] = 0 for that, which no softmax over the other tokens can tell.
 
-    strength, confidence, plausibility, schedule and guard that are left out are the rule's own (`DEFAULTS`): what the
-    study chose for "backoff", the bare formula for the others.
+    strength, confidence, plausibility, schedule and guard that are left out are the rule's own: for "backoff" what
+    the study chose, strength 1 with "wb", 0.003, "surprisal" and 1.2; for the others the bare formula ("none", 0,
+    "constant", 0) at strength 0.1 ("paper") or 0.2.
 
     Parameters:
         prior: what `NGramPrior.fit` made, or its folder, or the name of a bundled one.
@@ -194,7 +195,8 @@ class NGramStyleLogitsProcessor(Processor):
     (relatives of "ratio").
 
     Cost per token: O(rows (log contexts + longest row)) for the sparse rules without options, else a few
-    passes over the scores. Beams, assisted decoding and batches of any kind are safe: nothing is remembered.
+    passes over the scores; with "surprisal" some 20 more over the tokens that may be biased, which are few under
+    a mask and all without one. Beams, assisted decoding and batches of any kind are safe: nothing is remembered.
 
     Example:
         >>> import logitproc as lp

@@ -566,6 +566,9 @@ def test_what_is_left_out_is_what_the_study_chose_for_the_rule(prior, rule):
     background = prior if rule == "ratio" else None
     made = NGramStyleLogitsProcessor(prior, rule=rule, background=background)
     assert {key: getattr(made, key) for key in DEFAULTS[rule]} == DEFAULTS[rule]
+    said = {"backoff": (1.0, "wb", 0.003, "surprisal", 1.2), "paper": (0.1, "none", 0.0, "constant", 0.0)}
+    shown = tuple(getattr(made, key) for key in ("strength", "confidence", "plausibility", "schedule", "guard"))
+    assert shown == said.get(rule, (0.2, *said["paper"][1:]))  # as `describe` shows
     given = NGramStyleLogitsProcessor(prior, rule=rule, background=background, strength=0.0, guard=0.5)
     assert (given.strength, given.guard) == (0.0, 0.5)
     assert all(DEFAULTS["paper"][key] == off for key, off in OFF.items())  # the printed rule stays as printed
