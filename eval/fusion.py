@@ -159,7 +159,8 @@ def judge_seeds(study: Study, seeds: tuple[int, ...]) -> str:
 def judge_components(study: Study) -> str:
     """Dev documents, the experts of the first seed: loss of each set of components less that of the default.
 
-    The mean over the tasks, and behind it the greatest, of all tasks and wrong experts.
+    The mean over the tasks, and behind it the greatest, of all tasks and wrong experts. The interval of the mean over
+    wrong experts takes their documents as independent, though they share them.
     """
     study = study.of_components()
     of = lambda setting: [[study.cell(setting, "dev", task, 0)] for task in study.tasks]

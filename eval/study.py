@@ -358,7 +358,7 @@ def markdown(result: dict) -> str:
     """One table a corpus: base and held-out nats, their differences, rep-4, overlap, bigram seen, JS."""
     out = []
     for corpus in result:
-        out += [f"\n**{corpus}**\n", "| arm | strength | base nats | held-out nats | Δ base | Δ held-out | "
+        out += [f"\n**{TITLES[corpus]}**\n", "| arm | strength | base nats | held-out nats | Δ base | Δ held-out | "
                 "above control curve | Δ rep-4 | JS bits | overlap | bigram seen | |", "|---" * 12 + "|"]  # fmt: skip
         for arm, cells in result[corpus].items():
             for strength, j in cells.items():
@@ -442,7 +442,7 @@ if __name__ == "__main__":
     if others and args.stage != "price":
         parser.error("--model takes one model, several are for `price`")
     if args.stage == "choose":
-        arms = args.arms or list(ARMS)
+        arms = args.arms or [arm for arm in ARMS if arm not in SCHEDULES]
         document = {"sample": run(study, dict.fromkeys(arms, COARSE), SEEDS[:1])}
         for arm, strength, corpora, collapses, gain in ranking(document["sample"])[:20]:
             print(f"{arm:24} {strength:>4}  admissible on {corpora}, {collapses} collapses, gain {gain:.2f}")

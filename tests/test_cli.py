@@ -388,7 +388,7 @@ def test_a_stream_is_printed_while_it_is_generated(monkeypatch, run):
 def test_the_chain_changes_what_is_generated(generate):
     plain = generate("--prompt", "the old")
     assert generate("--prompt", "the old", "--proc", "ngram:prior=quixote,strength=0") == plain
-    assert generate("--prompt", "the old", "--proc", "ngram:prior=quixote,strength=1") != plain
+    assert generate("--prompt", "the old", "--proc", "ngram:prior=quixote,rule=lift,strength=1") != plain
 
 
 def test_a_chain_comes_from_yaml_json_or_a_saved_folder_and_flags_beat_it(generate, tmp_path, pocket):

@@ -155,10 +155,11 @@ def _confidence(prior: NGramPrior, rule: str) -> list[np.ndarray]:
 class NGramStyleLogitsProcessor(Processor):
     """Steer a model towards the style of a corpus with n-gram counts of its tokens.
 
-    scores [rows, width] -> scores + strength * g [rows, width], nats; g as in the module's docstring, from
-    the last `prior.order - 1` tokens, prompt included. strength 0 without a guard returns the scores bit
-    for bit. Columns beyond the prior's vocabulary, and special tokens, get no bias (`exempt`, `eos`); the dense rules
-    centre g to E_p[g] = 0 for that, which no softmax over the other tokens can tell.
+    scores [rows, width] -> scores + strength * g [rows, width], nats, but for what plausibility, clip, schedule and
+    guard make of it; g as in the module's docstring, from the last `prior.order - 1` tokens, prompt included.
+    strength 0 without a guard returns the scores bit for bit. Columns beyond the prior's vocabulary, and special
+    tokens, get no bias (`exempt`, `eos`); the dense rules centre g to E_p[g] = 0 for that, which no softmax over the
+    other tokens can tell.
 
     strength, confidence, plausibility, schedule and guard that are left out are the rule's own: for "backoff" what
     the study chose, strength 1 with "wb", 0.003, "surprisal" and 1.2; for the others the bare formula ("none", 0,
