@@ -54,6 +54,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import interval
 from sweep import COLORS, Bench, Cell, annotate, run_cell
 
 from logitproc import metrics
@@ -356,6 +357,7 @@ def default_strength(by_corpus: dict[str, dict[str, dict]]) -> str | None:
 
 def markdown(result: dict) -> str:
     """One table a corpus: base and held-out nats, their differences, rep-4, overlap, bigram seen, JS."""
+    shown = lambda x, digits=2: interval((x["mean"], x["low"], x["high"]), digits)
     out = []
     for corpus in result:
         out += [f"\n**{TITLES[corpus]}**\n", "| arm | strength | base nats | held-out nats | Δ base | Δ held-out | "
@@ -367,15 +369,11 @@ def markdown(result: dict) -> str:
                 label = f"T = {strength}" if arm == "unsteered" else strength
                 out.append(
                     f"| {arm} | {label} | {m['base_nll']['mean']:.2f} | {m['held_out_nll']['mean']:.2f} "
-                    f"| {interval(d['base_nll'])} | {interval(d['held_out_nll'])} | {interval(a)} "
-                    f"| {interval(d['rep_4'], 3)} | {m['js']['mean']:.4f} | {m['overlap']['mean']:.3f} "
+                    f"| {shown(d['base_nll'])} | {shown(d['held_out_nll'])} | {shown(a)} "
+                    f"| {shown(d['rep_4'], 3)} | {m['js']['mean']:.4f} | {m['overlap']['mean']:.3f} "
                     f"| {m['bigram_seen']['mean']:.3f} | {mark} |"
                 )
     return "\n".join(out)
-
-
-def interval(x: dict[str, float], digits: int = 2) -> str:
-    return f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
 
 
 def plot(document: dict[str, dict], path: Path) -> None:
